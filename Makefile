@@ -1,0 +1,40 @@
+# Every target makes its own environment in .venv; it needs Python 3.10-3.12 and PyPI.
+PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.10,$(shell python$(v) -c 'import sys; print("python$(v)")' 2>/dev/null)) python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-all check format lint types clean
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not ((3, 10) <= sys.version_info[:2] <= (3, 12)))' \
+		|| { echo 'Python 3.10-3.12 is needed, found:'; $(PYTHON) --version; exit 1; }
+	@echo 'making the environment in $(VENV) (once, a few minutes) ...'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/composer-sam compare yamls/digits/sgd.yaml yamls/digits/sam.yaml --seeds 3 --out demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.installed
+	$(BIN)/python -m pytest -m ''
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.installed
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+check: lint types test
+
+clean:
+	rm -rf $(VENV) demo runs .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,192 @@
+"""What a repeated pass must not disturb: random streams, module buffers, and the trainer's metrics and records.
+
+A control is made when a step begins and remembers how it found things. The step tells it ``first_pass_done()`` after
+the first pass, ``rewind()`` before each further pass, ``settle()`` when the passes are over and ``rollback()`` when the
+step failed. So every pass sees the same random numbers and the same buffers, and after the step all is as one ordinary
+pass would have left it, or, after a failure, as if the step had never begun.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import random
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+__all__ = ['BufferControl', 'Control', 'RandomControl', 'TrainerControl']
+
+
+class Control(Protocol):
+    """One kind of state around a step's passes."""
+
+    def first_pass_done(self) -> None: ...
+
+    def rewind(self) -> None: ...
+
+    def settle(self) -> None: ...
+
+    def rollback(self) -> None: ...
+
+
+class RandomControl:
+    """The random streams of Python, NumPy, torch's CPU and the accelerators the parameters are on.
+
+    Generators a module makes for itself (``torch.Generator()``) are not known here and go on between passes.
+    """
+
+    def __init__(self, devices: set[torch.device]):
+        self._cuda = [device for device in devices if device.type == 'cuda']
+        self._mps = any(device.type == 'mps' for device in devices)
+        self._before = self._read()
+        self._after = None
+
+    def first_pass_done(self) -> None:
+        self._after = self._read()
+
+    def rewind(self) -> None:
+        self._write(self._before)
+
+    def settle(self) -> None:
+        if self._after is not None:
+            self._write(self._after)
+
+    def rollback(self) -> None:
+        self._write(self._before)
+
+    def _read(self) -> tuple[Any, ...]:
+        return (
+            random.getstate(),
+            np.random.get_state(),
+            torch.get_rng_state(),
+            [torch.cuda.get_rng_state(device) for device in self._cuda],
+            torch.mps.get_rng_state() if self._mps else None,
+        )
+
+    def _write(self, streams: tuple[Any, ...]) -> None:
+        python, numpy, cpu, cuda, mps = streams
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        for device, state in zip(self._cuda, cuda, strict=True):
+            torch.cuda.set_rng_state(state, device)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
+
+
+class BufferControl:
+    """All buffers of a module: BatchNorm statistics and counters of every kind, spectral norms, and any other.
+
+    Both which tensor is registered and what is in it are put back, because modules change buffers either way.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._slots = [
+            (module._buffers, name, buffer)
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        self._before = _copies([buffer for _, _, buffer in self._slots])
+        self._after: list[tuple[Tensor, Tensor]] | None = None
+
+    def first_pass_done(self) -> None:
+        registered = [buffers[name] for buffers, name, _ in self._slots]
+        self._after = list(zip(registered, _copies(registered), strict=True))
+
+    def rewind(self) -> None:
+        self._write([(buffer, content) for (_, _, buffer), content in zip(self._slots, self._before, strict=True)])
+
+    def settle(self) -> None:
+        if self._after is not None:
+            self._write(self._after)
+
+    def rollback(self) -> None:
+        self.rewind()
+
+    @torch.no_grad()
+    def _write(self, contents: list[tuple[Tensor, Tensor]]) -> None:
+        for (buffers, name, _), (buffer, _) in zip(self._slots, contents, strict=True):
+            buffers[name] = buffer
+        if contents:
+            targets, values = zip(*contents, strict=True)
+            torch._foreach_copy_(targets, values)
+
+
+class TrainerControl:
+    """Composer's side of a step: train metrics, ``state.outputs``, ``state.loss`` and the micro-batches.
+
+    From the second pass on no train metric is updated, and what the trainer shows at BATCH_END is the first pass's.
+    The micro-batches are handed to every pass as they were: an algorithm or a transform that changes them in place
+    (Composer allows it) would otherwise change them a second time.
+
+    Args:
+        state: Composer's ``State``.
+        closure: the closure Composer passed to ``step``.
+    """
+
+    _RECORDS = ('outputs', 'loss')
+
+    def __init__(self, state: Any, closure: Any):
+        self._state = state
+        self._metrics = state.train_metrics
+        self._batch = state.batch
+        self._cell = _closure_cell(closure, 'microbatches')
+        self._microbatches = None if self._cell is None else self._cell.cell_contents
+        self._pristine = tree_map(_clone, self._microbatches)
+        self._records: dict[str, Any] = {}
+
+    def first_pass_done(self) -> None:
+        # The trainer may have moved the metrics to its device, which makes a new dictionary.
+        self._metrics = self._state.train_metrics
+        self._records = {name: getattr(self._state, name) for name in self._RECORDS if hasattr(self._state, name)}
+
+    def rewind(self) -> None:
+        if self._metrics is not None:
+            self._state.train_metrics = {}
+        if self._cell is not None:
+            self._cell.cell_contents = tree_map(_clone, self._pristine)
+
+    def settle(self) -> None:
+        self._state.train_metrics = self._metrics
+        self._state.batch = self._batch
+        if self._cell is not None:
+            self._cell.cell_contents = self._microbatches
+        for name, value in self._records.items():
+            setattr(self._state, name, value)
+
+    def rollback(self) -> None:
+        # The trainer itself clears metrics and records before it tries a batch again.
+        self.settle()
+        tree_map(_write_back, self._microbatches, self._pristine)
+
+
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    if copies:
+        with torch.no_grad():
+            torch._foreach_copy_(copies, tensors)
+    return copies
+
+
+def _clone(item: Any) -> Any:
+    # Not a deep copy: that copies the whole storage a tensor is a slice of.
+    return item.detach().clone() if isinstance(item, Tensor) else copy.deepcopy(item)
+
+
+def _write_back(item: Any, pristine: Any) -> None:
+    if isinstance(item, Tensor):
+        item.detach().copy_(pristine)
+
+
+def _closure_cell(closure: Any, name: str) -> Any:
+    """The cell in which a closure keeps the variable ``name`` of the function that made it; None if it has none."""
+    closure = inspect.unwrap(closure)
+    code = getattr(closure, '__code__', None)
+    if code is None or name not in code.co_freevars or closure.__closure__ is None:
+        return None
+    return closure.__closure__[code.co_freevars.index(name)]

@@ -1,0 +1,61 @@
+"""Sharpness-aware minimisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from composer_sam.algorithm import SharpnessAware, hyperparameter
+from composer_sam.step import Direction, Pass, Passes, Step
+from composer_sam.vectors import Number, to_radius
+
+__all__ = ['SAM']
+
+
+@dataclass(eq=False)
+class SAM(SharpnessAware):
+    r"""Sharpness-aware minimisation: the gradient at the worst weights nearby, to first order.
+
+    .. math::
+
+        e = \rho \, \frac{g}{\lVert g \rVert + \epsilon}, \qquad
+        \tilde g = \nabla L(w + e), \qquad
+        w \leftarrow \text{base}(w, \tilde g)
+
+    with g the gradient of the batch at w. Weight decay, momentum and learning rate are the base optimizer's, applied
+    once, at w.
+
+    Args:
+        rho: radius of the perturbation, :math:`\rho > 0`, in the units of the weights' L2 norm; 0.05 for a perturbation
+            at every step, more for a larger ``interval`` (0.5 at interval 10). May be set per parameter group; the norm
+            remains the one over all parameters.
+        epsilon: added to the norm, :math:`\epsilon \ge 0`. May be set per parameter group.
+
+    Passes and memory:
+        2 passes per perturbing step, one copy of the parameters at the peak, nothing between steps.
+
+    Departures:
+        The weights are restored bit for bit, where the authors' code and its ports compute (w + e) - e. A zero
+        gradient leaves the weights where they are for any epsilon.
+
+    Raises:
+        ValueError: a hyper-parameter out of its range.
+
+    Example:
+        >>> from composer_sam import SAM
+        >>> algorithm = SAM(rho=0.5, interval=10)   # Trainer(algorithms=[algorithm])
+
+    Reference:
+        Foret, Kleiner, Mobahi, Neyshabur: Sharpness-Aware Minimization for Efficiently Improving Generalization,
+        ICLR 2021, https://arxiv.org/abs/2010.01412
+    """
+
+    rho: Number = hyperparameter(0.05, gt=0)
+    epsilon: Number = hyperparameter(1e-12, ge=0)
+
+    paper: ClassVar[str] = 'Foret et al., ICLR 2021, https://arxiv.org/abs/2010.01412'
+
+    def direction(self, step: Step) -> Passes:
+        grad = yield Pass(sync=self.sync_first_pass)
+        ascent_grad = yield Pass(at=to_radius(grad.donate(), self.rho, self.epsilon))
+        return Direction(ascent_grad)

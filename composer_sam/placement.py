@@ -1,0 +1,112 @@
+"""Moves the weights to w + offset for one pass, and back to w bit for bit.
+
+Two ways with the same bits. *Exchange*: ``w + offset`` is written into the offset's own memory and the parameter is
+pointed at it; restoring points it back, and nothing is copied. *Copy*: ``w`` is saved, the offset added in place, and
+``w`` copied back; the parameter's address never changes. Exchange is used for ordinary parameters on the CPU, where
+memory traffic is the cost. Everything else is copied: DTensors (they ignore an assignment to ``.data``), the flat
+parameters and views of FSDP1, parameters that share storage, and accelerators, where a captured CUDA graph goes on
+reading the old address.
+
+Never is the offset subtracted again: ``(w + e) - e`` is not ``w`` in floating point, and ranks with different ``e``
+drift apart.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from composer_sam.distributed import local
+from composer_sam.vectors import Vector
+
+__all__ = ['Placement', 'exchangeable']
+
+_PLAIN = (nn.Parameter, Tensor)
+
+
+def exchangeable(parameter: Tensor) -> bool:
+    """Whether pointing the parameter at other memory is safe: it must be the only user of its storage."""
+    return (
+        type(parameter) in _PLAIN
+        and parameter.device.type == 'cpu'
+        and parameter.layout == torch.strided
+        and not parameter.is_complex()
+        and not parameter.is_shared()
+        and not hasattr(parameter, '_fsdp_flattened')
+        and parameter.untyped_storage().nbytes() == parameter.numel() * parameter.element_size()
+    )
+
+
+class Placement:
+    """The weights of one step: at w, or at w + offset for the length of a pass.
+
+    Args:
+        parameters: all trainable parameters, in the vectors' order.
+        exchange: point parameters at other memory where that is safe; False copies always.
+    """
+
+    def __init__(self, parameters: tuple[Tensor, ...], exchange: bool = True):
+        self._parameters = parameters
+        self._exchange = exchange and _own_storage(parameters)
+        self._exchanged: list[tuple[Tensor, Tensor]] = []
+        self._saved: dict[int, tuple[Tensor, Tensor]] = {}
+        self._moved = False
+
+    @torch.no_grad()
+    def place(self, offset: Vector) -> None:
+        """Put the weights at w + offset. A donated offset's memory is used up."""
+        exchanged: list[tuple[Tensor, Tensor]] = []
+        copied: dict[int, Tensor] = {}
+        for value, where in zip(offset.values, offset.where, strict=True):
+            parameter = self._parameters[where]
+            if self._exchange and exchangeable(parameter) and value.stride() == parameter.stride():
+                exchanged.append((parameter, value))
+            else:
+                copied[where] = value
+        if exchanged:
+            originals = [parameter.data for parameter, _ in exchanged]
+            values = [value for _, value in exchanged]
+            if offset.donated:
+                torch._foreach_add_(values, originals)
+            else:
+                values = torch._foreach_add(values, originals)
+            # Noted before the first parameter moves, so that restore() is right wherever an interrupt falls.
+            self._exchanged = [(p, original) for (p, _), original in zip(exchanged, originals, strict=True)]
+            for (parameter, _), value in zip(exchanged, values, strict=True):
+                parameter.data = value
+        if copied:
+            self._save(list(copied))
+            self._moved = True
+            torch._foreach_add_([self._saved[where][0] for where in copied], list(copied.values()))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the weights back to w; does nothing where they are at w already, and may be called twice."""
+        for parameter, original in self._exchanged:
+            parameter.data = original
+        self._exchanged = []
+        if self._moved:
+            targets, copies = zip(*self._saved.values(), strict=True)
+            torch._foreach_copy_(targets, copies)
+            self._moved = False
+
+    def _save(self, wanted: list[int]) -> None:
+        """Copy w, once per step: a later pass of the same step needs no second copy."""
+        missing = [where for where in wanted if where not in self._saved]
+        if missing:
+            targets = [real(self._parameters[where]) for where in missing]
+            copies = [torch.empty_like(target) for target in targets]
+            torch._foreach_copy_(copies, targets)
+            self._saved.update(zip(missing, zip(targets, copies, strict=True), strict=True))
+
+
+def real(parameter: Tensor) -> Tensor:
+    """The local part of a tensor, complex numbers as pairs of real ones; shares its memory."""
+    part = local(parameter)
+    return torch.view_as_real(part) if part.is_complex() else part
+
+
+def _own_storage(parameters: tuple[Tensor, ...]) -> bool:
+    """False where two parameters lie in the same storage: an exchange would untie them for the pass."""
+    addresses = [p.data_ptr() for p in parameters if type(p) in _PLAIN and p.numel()]
+    return len(addresses) == len(set(addresses))
