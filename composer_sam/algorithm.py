@@ -7,9 +7,10 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
-from composer.core import Algorithm, Event, Precision, State, Time, TimeUnit, Timestamp
+from composer.core import Algorithm, Event, Precision, State, Time, Timestamp, TimeUnit
 from composer.loggers import Logger
 
 from composer_sam.controls import TrainerControl
@@ -82,7 +83,7 @@ class SharpnessAware(Algorithm):
             raise ValueError(f'sync_first_pass must be true or false, got {self.sync_first_pass!r}')
         self._start = _time('start', self.start)
         self._end = _time('end', self.end)
-        if self._start and self._end and self._start.unit == self._end.unit and self._start >= self._end:
+        if _empty(self._start, self._end):
             raise ValueError(f'start must lie before end, got start={self.start!r} and end={self.end!r}')
 
     # Which steps are perturbed, and with which values.
@@ -114,7 +115,8 @@ class SharpnessAware(Algorithm):
         if not own:
             return self
         method = copy.copy(self)
-        method.__dict__.update(own)
+        for name, values in own.items():
+            setattr(method, name, values)
         return method
 
     def check_without_trainer(self) -> None:
@@ -125,6 +127,20 @@ class SharpnessAware(Algorithm):
                     f'{name}={getattr(self, name)!r} needs a Trainer to tell the time: '
                     f"without one give {name} in steps, for example '500ba'"
                 )
+
+    def _check_window(self, max_duration: Time | None) -> None:
+        """Raise ValueError for a window that the run's length shows to be empty, before training starts."""
+        ends = {'start': self._start, 'end': self._end}
+        for name, time in ends.items():
+            if time is not None and time.unit == TimeUnit.DURATION:
+                if max_duration is None:
+                    raise ValueError(f'{name}={getattr(self, name)!r} needs max_duration')
+                ends[name] = Time(time.value * max_duration.value, max_duration.unit)
+        start, end = ends.values()
+        if _empty(start, end):
+            raise ValueError(
+                f'start must lie before end, got start={self.start!r} and end={self.end!r} in a run of {max_duration}'
+            )
 
     # Composer's side.
 
@@ -144,9 +160,7 @@ class SharpnessAware(Algorithm):
             )
         if not state.optimizers:
             raise ValueError(f'{type(self).__name__} needs an optimizer: give the Trainer optimizers=...')
-        for time in (self._start, self._end):
-            if time is not None and time.unit == TimeUnit.DURATION and state.max_duration is None:
-                raise ValueError(f'{time.to_timestring()} needs max_duration')
+        self._check_window(state.max_duration)
         optimizer = state.optimizers[0]
         if isinstance(optimizer, SharpnessAwareOptimizer) and optimizer.method is self:
             optimizer.model = state.model
@@ -170,7 +184,7 @@ class TrainerLink:
 
 def _check_range(name: str, value: Any, gt: float | None, ge: float | None, lt: float | None) -> None:
     bounds = [f'{sign} {bound:g}' for sign, bound in (('>', gt), ('>=', ge), ('<', lt)) if bound is not None]
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, Real) and not isinstance(value, bool)
     if (
         not number
         or not math.isfinite(value)
@@ -186,7 +200,7 @@ def _time(name: str, value: str | Time | None) -> Time | None:
         return None
     try:
         time = Time.from_input(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{name} must be a Composer time such as '0.8dur', '10ep' or '500ba', got {value!r}"
         ) from error
@@ -195,6 +209,10 @@ def _time(name: str, value: str | Time | None) -> Time | None:
     if time.value < 0:
         raise ValueError(f'{name} must not be negative, got {value!r}')
     return time
+
+
+def _empty(start: Time | None, end: Time | None) -> bool:
+    return start is not None and end is not None and start.unit == end.unit and start.value >= end.value
 
 
 def _reached(time: Time, moment: Moment) -> bool:

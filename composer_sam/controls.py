@@ -61,7 +61,7 @@ class RandomControl:
     def _read(self) -> tuple[Any, ...]:
         return (
             random.getstate(),
-            np.random.get_state(),
+            np.random.get_state(),  # noqa: NPY002 (the global stream is what libraries draw from)
             torch.get_rng_state(),
             [torch.cuda.get_rng_state(device) for device in self._cuda],
             torch.mps.get_rng_state() if self._mps else None,
@@ -70,7 +70,7 @@ class RandomControl:
     def _write(self, streams: tuple[Any, ...]) -> None:
         python, numpy, cpu, cuda, mps = streams
         random.setstate(python)
-        np.random.set_state(numpy)
+        np.random.set_state(numpy)  # noqa: NPY002
         torch.set_rng_state(cpu)
         for device, state in zip(self._cuda, cuda, strict=True):
             torch.cuda.set_rng_state(state, device)
@@ -86,35 +86,41 @@ class BufferControl:
 
     def __init__(self, model: nn.Module):
         self._slots = [
-            (module._buffers, name, buffer)
+            (module._buffers, name)
             for module in model.modules()
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
-        self._before = _copies([buffer for _, _, buffer in self._slots])
-        self._after: list[tuple[Tensor, Tensor]] | None = None
+        self._before = self._read()
+        self._after: list[tuple[Tensor | None, Tensor | None]] | None = None
 
     def first_pass_done(self) -> None:
-        registered = [buffers[name] for buffers, name, _ in self._slots]
-        self._after = list(zip(registered, _copies(registered), strict=True))
+        self._after = self._read()
 
     def rewind(self) -> None:
-        self._write([(buffer, content) for (_, _, buffer), content in zip(self._slots, self._before, strict=True)])
+        self._write(self._before)
 
     def settle(self) -> None:
         if self._after is not None:
             self._write(self._after)
 
     def rollback(self) -> None:
-        self.rewind()
+        self._write(self._before)
 
     @torch.no_grad()
-    def _write(self, contents: list[tuple[Tensor, Tensor]]) -> None:
-        for (buffers, name, _), (buffer, _) in zip(self._slots, contents, strict=True):
+    def _read(self) -> list[tuple[Tensor | None, Tensor | None]]:
+        """What is registered in each slot, and a copy of its content."""
+        registered = [buffers[name] for buffers, name in self._slots]
+        copies = [None if buffer is None else torch.empty_like(buffer) for buffer in registered]
+        contents = list(zip(registered, copies, strict=True))
+        _copy([(content, buffer) for buffer, content in contents])
+        return contents
+
+    @torch.no_grad()
+    def _write(self, contents: list[tuple[Tensor | None, Tensor | None]]) -> None:
+        for (buffers, name), (buffer, _) in zip(self._slots, contents, strict=True):
             buffers[name] = buffer
-        if contents:
-            targets, values = zip(*contents, strict=True)
-            torch._foreach_copy_(targets, values)
+        _copy(contents)
 
 
 class TrainerControl:
@@ -165,12 +171,12 @@ class TrainerControl:
         tree_map(_write_back, self._microbatches, self._pristine)
 
 
-def _copies(tensors: list[Tensor]) -> list[Tensor]:
-    copies = [torch.empty_like(tensor) for tensor in tensors]
-    if copies:
-        with torch.no_grad():
-            torch._foreach_copy_(copies, tensors)
-    return copies
+def _copy(pairs: list[tuple[Tensor | None, Tensor | None]]) -> None:
+    """Copy each pair's second tensor into its first, all at once."""
+    present = [(target, source) for target, source in pairs if target is not None and source is not None]
+    if present:
+        targets, sources = zip(*present, strict=True)
+        torch._foreach_copy_(targets, sources)
 
 
 def _clone(item: Any) -> Any:

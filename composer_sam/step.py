@@ -93,7 +93,7 @@ class Step:
     def passes(self) -> Iterator[Pass]:
         """The method's passes one after the other, the weights in place for each; the body of the loop must leave the
         pass's gradient in the parameters' ``.grad``."""
-        self._take_gradient()  # a gradient from before the step is not one of its passes'
+        self._drop_gradients()  # a gradient from before the step is not one of its passes'
         while (request := self._advance()) is not None:
             self.index += 1
             if self.index > 0:
@@ -132,7 +132,7 @@ class Step:
         """End the step without an update, as an ordinary step ends whose gradient overflowed: the weights are at w and
         the random streams and buffers are where the first pass left them."""
         self._placement.restore()
-        self._take_gradient()
+        self._drop_gradients()
         for control in self._controls:
             control.settle()
         self._close()
@@ -140,7 +140,7 @@ class Step:
     def rollback(self) -> None:
         """End the step as if it had not begun."""
         self._placement.restore()
-        self._take_gradient()
+        self._drop_gradients()
         for control in self._controls:
             control.rollback()
         self._close()
@@ -168,6 +168,10 @@ class Step:
         except StopIteration as end:
             self._direction = end.value
             return None
+
+    def _drop_gradients(self) -> None:
+        for parameter in self.layout.parameters:
+            parameter.grad = None
 
     def _take_gradient(self) -> Vector:
         """Take the gradients out of the parameters, so that nobody adds to them or zeroes them in place."""

@@ -7,7 +7,7 @@ at least fp32. Nothing here waits for the device: scalars stay 0-dimensional ten
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -104,15 +104,15 @@ def scale(x: Vector, factor: Coefficient) -> Vector:
     """``factor * x``; in place where ``x`` is donated. Products of half-precision tensors are rounded once."""
     half = any(value.dtype in _HALF for value in x.values)
     if not x.donated and not half and not isinstance(factor, PerParameter):
-        return x.like(torch._foreach_mul(x.values, factor))
+        return x.like(_multi(torch._foreach_mul, x.values, factor))
     values = x.values if x.donated else [value.clone() for value in x.values]
     for chosen, c in _by_factor(values, x.where, factor):
         if half and isinstance(c, Tensor):
             # A 0-dimensional factor would itself be rounded to the half type first (0.4% off in bf16); a
             # 1-dimensional one takes part in type promotion.
-            torch._foreach_mul_(chosen, [c.reshape(1) if value.dim() else c for value in chosen])
+            _multi(torch._foreach_mul_, chosen, [c.reshape(1) if value.dim() else c for value in chosen])
         else:
-            torch._foreach_mul_(chosen, c)
+            _multi(torch._foreach_mul_, chosen, c)
     return x.like(values, donated=x.donated)
 
 
@@ -122,8 +122,8 @@ def add(x: Vector, y: Vector) -> Vector:
         x, y = y, x
     x, y = _aligned(x, y)
     if not x.donated:
-        return x.like(torch._foreach_add(x.values, y.values))
-    torch._foreach_add_(x.values, y.values)
+        return x.like(_multi(torch._foreach_add, x.values, y.values))
+    _multi(torch._foreach_add_, x.values, y.values)
     return x
 
 
@@ -131,8 +131,8 @@ def subtract(x: Vector, y: Vector) -> Vector:
     """``x - y``, in the memory of ``x`` where it is donated."""
     x, y = _aligned(x, y)
     if not x.donated:
-        return x.like(torch._foreach_sub(x.values, y.values))
-    torch._foreach_sub_(x.values, y.values)
+        return x.like(_multi(torch._foreach_sub, x.values, y.values))
+    _multi(torch._foreach_sub_, x.values, y.values)
     return x
 
 
@@ -162,6 +162,11 @@ def to_radius(x: Vector, rho: Number, epsilon: Number = 1e-12) -> Vector:
     pairs: list[tuple[float, float]] = list(zip(radii, epsilons, strict=True))
     factors = {pair: factor(*pair) for pair in set(pairs)}
     return scale(x, PerParameter(factors[pair] for pair in pairs))
+
+
+def _multi(operation: Callable[..., Any], values: list[Tensor], *others: Any) -> Any:
+    """A multi-tensor operation; torch itself refuses an empty list, such as a rank whose shards are all empty."""
+    return operation(values, *others) if values else []
 
 
 def _aligned(x: Vector, y: Vector) -> tuple[Vector, Vector]:

@@ -1,0 +1,8 @@
+"""``python -m composer_sam`` is the ``composer-sam`` command."""
+
+import sys
+
+from composer_sam.cli import main
+
+if __name__ == '__main__':
+    sys.exit(main())

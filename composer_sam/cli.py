@@ -1,0 +1,182 @@
+"""The ``composer-sam`` command: train a recipe, compare recipes, list the methods."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+# Composer takes seconds to import, so every command imports what it needs: --help and typing mistakes answer at once.
+
+__all__ = ['main']
+
+OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: What follows the program's name; the process's own if not given.
+
+    Returns:
+        0 if all went well, 1 if training failed, 2 for a mistake of the user's, 130 if interrupted.
+    """
+    parser = _parser()
+    try:
+        options, further = parser.parse_known_args(arguments)
+        # argparse leaves over what follows an option, as key=value in: compare A.yaml B.yaml --seeds 3 key=value
+        if any(argument.startswith('-') for argument in further) or (further and 'changes' not in options):
+            parser.error(f'unrecognized arguments: {" ".join(further)}')
+    except SystemExit as stop:  # argparse ends the process, which a caller from Python cannot want
+        return stop.code if isinstance(stop.code, int) else MISTAKE
+    if further:
+        options.changes += further
+    try:
+        return options.command(options)
+    except KeyboardInterrupt:
+        _complain('interrupted')
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='composer-sam',
+        description='Sharpness-aware training with MosaicML Composer.',
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(required=True, metavar='COMMAND')
+
+    train = commands.add_parser('train', help='train one recipe', description=_train.__doc__, allow_abbrev=False)
+    train.add_argument('recipe', metavar='RECIPE', help='a YAML file, such as yamls/digits/sam.yaml')
+    train.add_argument('changes', nargs='*', metavar='OVERLAY.yaml|key=value', help='laid over the recipe, files first')
+    train.set_defaults(command=_train)
+
+    compare = commands.add_parser(
+        'compare',
+        help='train several recipes with several seeds and compare them',
+        description=_compare.__doc__,
+        allow_abbrev=False,
+    )
+    compare.add_argument('changes', nargs='+', metavar='RECIPE|key=value', help='YAML files; overrides go to all')
+    compare.add_argument('--seeds', type=_positive, default=1, metavar='N', help='runs per recipe (default: 1)')
+    compare.add_argument('--jobs', type=_positive, metavar='N', help='runs side by side (default: cores; 1 on a GPU)')
+    compare.add_argument('--out', type=Path, default=Path('comparison'), metavar='DIR', help='default: comparison')
+    compare.set_defaults(command=_compare)
+
+    methods = commands.add_parser('methods', help='list the methods', description=_methods.__doc__)
+    methods.set_defaults(command=_methods)
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'must be an integer >= 1, got {text!r}')
+    return int(text)
+
+
+def _train(options: argparse.Namespace) -> int:
+    """Trains one recipe and prints how well it does on the test data."""
+    from composer_sam.recipes import History, RecipeError, build_trainer, is_finished, is_override, load_recipe
+
+    overlays = [change for change in options.changes if not is_override(change)]
+    overrides = [change for change in options.changes if is_override(change)]
+    trainer = None
+    history = History()
+    try:
+        recipe = load_recipe(options.recipe, overlays, overrides)
+        _share_cores()
+        trainer = build_trainer(recipe, [history])
+        if not is_finished(trainer.state):  # as it is where a run that had come to its end is resumed
+            trainer.fit()
+        if not history.test['epoch']:
+            trainer.eval()
+    except RecipeError as error:
+        _complain(str(error))
+        return MISTAKE
+    except FileExistsError:
+        _complain(
+            f'save_folder: {recipe.save_folder!r} holds the checkpoints of another run; choose a different one, '
+            'or set autoresume=true to go on with that run, or trainer.save_overwrite=true to replace them',
+        )
+        return MISTAKE
+    except Exception as error:
+        if isinstance(error, ValueError) and history.steps == 0:
+            # Before the first step a ValueError is about what the recipe asks for, not about how training went.
+            _complain(str(error))
+            return MISTAKE
+        traceback.print_exc()
+        _complain(f'training failed after {history.steps} steps: {type(error).__name__}: {error}')
+        return FAILED
+    finally:
+        if trainer is not None:
+            trainer.close()
+    _say(f'{recipe.name}: {history}')
+    return OK
+
+
+def _compare(options: argparse.Namespace) -> int:
+    """Trains several recipes, prints a table of the results and writes a picture of the curves."""
+    if int(os.environ.get('WORLD_SIZE', '1')) > 1:
+        _complain('compare starts its own processes; run it without the launcher')
+        return MISTAKE
+    from composer_sam.compare import RunError, compare
+    from composer_sam.recipes import RecipeError, is_override
+
+    recipes = [argument for argument in options.changes if not is_override(argument)]
+    overrides = [argument for argument in options.changes if is_override(argument)]
+    try:
+        compare(recipes, overrides, options.seeds, options.out, options.jobs)
+    except RecipeError as error:
+        _complain(str(error))
+        return MISTAKE
+    except RunError as error:
+        _complain(str(error))
+        return FAILED
+    return OK
+
+
+def _methods(options: argparse.Namespace) -> int:
+    """Lists the methods, what a step of each costs and where it was published."""
+    del options
+    from rich.console import Console
+    from rich.table import Table
+
+    from composer_sam.methods import table
+
+    shown = Table(box=None, pad_edge=False)
+    for heading in ('name', 'passes', 'extra memory', 'paper'):
+        shown.add_column(heading, overflow='fold')
+    for row in table():
+        shown.add_row(row['name'], row['passes'], row['extra_memory'], row['paper'])
+    Console(highlight=False, markup=False).print(shown)
+    return OK
+
+
+def _share_cores() -> None:
+    """Divides the machine's cores among its training processes, unless OMP_NUM_THREADS says otherwise.
+
+    torch would start as many threads as there are cores in every one of them.
+    """
+    import torch
+
+    processes = int(os.environ.get('LOCAL_WORLD_SIZE', '1'))
+    if processes > 1 and 'OMP_NUM_THREADS' not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+
+
+def _is_first_process() -> bool:
+    return int(os.environ.get('RANK', '0')) == 0
+
+
+def _say(message: str) -> None:
+    if _is_first_process():
+        print(message)
+
+
+def _complain(message: str) -> None:
+    if _is_first_process():
+        print(f'composer-sam: {" ".join(message.split())}', file=sys.stderr)

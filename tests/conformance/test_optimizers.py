@@ -1,0 +1,364 @@
+"""Every method around every kind of optimizer, group and parameter; checkpoints, copies and the right passes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from composer_sam import SAM, SharpnessAwareOptimizer, registry
+from tests.problems import BASES, Closure, Recorder, batches, network, same, snapshot
+
+METHODS = sorted(registry)
+TORCH_OPTIMIZERS = {
+    cls.__name__: cls
+    for cls in vars(torch.optim).values()
+    if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
+}
+REFUSED = {'LBFGS', 'SparseAdam'}
+
+
+def test_the_list_of_torch_optimizers_is_long() -> None:
+    assert {'SGD', 'AdamW', 'Adadelta', 'LBFGS', 'RMSprop'} <= set(TORCH_OPTIMIZERS)
+
+
+@pytest.mark.parametrize('base', sorted(set(TORCH_OPTIMIZERS) - REFUSED))
+@pytest.mark.parametrize('name', METHODS)
+def test_every_torch_optimizer_gets_the_direction_and_keeps_its_own_state(name: str, base: str) -> None:
+    """The wrapped optimizer ends where the same optimizer ends that is fed the directions by hand."""
+    fed, sharp = network(dropout=0.0), network(dropout=0.0)
+    by_hand, optimizer = (TORCH_OPTIMIZERS[base](m.parameters(), lr=0.01) for m in (fed, sharp))
+    optimizer = SharpnessAwareOptimizer(optimizer, registry[name](), sharp)
+    assert optimizer.state is optimizer.base_optimizer.state
+    assert optimizer.param_groups is optimizer.base_optimizer.param_groups
+    for batch in batches(4):
+        recorder = Recorder(sharp.parameters())
+        SharpnessAwareOptimizer(recorder, registry[name](), sharp).step(Closure(sharp, batch))
+        for parameter, direction in zip(fed.parameters(), recorder.directions[0], strict=True):
+            parameter.grad = direction
+        by_hand.step()
+        optimizer.step(Closure(sharp, batch))
+    assert same(list(fed.parameters()), list(sharp.parameters()))
+    assert same(by_hand.state_dict(), optimizer.state_dict())
+
+
+def test_lbfgs_is_refused_and_sparse_gradients_are_named() -> None:
+    model = network()
+    with pytest.raises(ValueError, match='LBFGS evaluates its closure several times'):
+        SharpnessAwareOptimizer(torch.optim.LBFGS(model.parameters()), SAM())
+    embedding = nn.Embedding(5, 3, sparse=True)
+    optimizer = SharpnessAwareOptimizer(torch.optim.SparseAdam(embedding.parameters()), SAM())
+    before = embedding.weight.clone()
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = embedding(torch.tensor([1, 2])).square().sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(ValueError, match='torch.sparse_coo'):
+        optimizer.step(closure)
+    assert torch.equal(before, embedding.weight)
+    assert embedding.weight.grad is None
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_the_closure_is_called_once_a_pass_and_the_first_loss_is_returned(name: str) -> None:
+    model = network()
+    optimizer = SharpnessAwareOptimizer(BASES['SGD'](model.parameters()), registry[name](), model)
+    closure = Closure(model, batches(1)[0])
+    loss = optimizer.step(closure)
+    assert closure.calls == optimizer.method.passes
+    assert loss.item() == closure.losses[0]
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_a_loss_of_exactly_zero_is_a_loss(name: str) -> None:
+    model = network(dropout=0.0)
+    base = Recorder(model.parameters())
+    optimizer = SharpnessAwareOptimizer(base, registry[name](), model)
+    inner = Closure(model, batches(1)[0])
+
+    def closure() -> float:
+        inner()
+        return 0.0
+
+    assert optimizer.step(closure) == 0.0
+    assert inner.calls == optimizer.method.passes
+    assert len(base.directions) == 1
+    assert optimizer.steps_taken == 1
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_interval_perturbs_every_kth_step_and_leaves_the_others_to_the_base(name: str) -> None:
+    plain, sharp = network(), network()
+    base = BASES['SGD'](plain.parameters())
+    optimizer = SharpnessAwareOptimizer(BASES['SGD'](sharp.parameters()), registry[name](interval=3), sharp)
+    data = batches(7)
+    calls = []
+    torch.manual_seed(0)
+    for batch in data:
+        closure = Closure(sharp, batch)
+        optimizer.step(closure)
+        calls.append(closure.calls)
+        if len(calls) == 2:
+            after_two = copy.deepcopy(list(sharp.parameters()))
+    passes = optimizer.method.passes
+    assert calls == [1, 1, passes, 1, 1, passes, 1]
+    torch.manual_seed(0)
+    for batch in data[:2]:
+        base.step(Closure(plain, batch))
+    assert same(list(plain.parameters()), after_two)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_start_and_end_bound_the_perturbed_steps(name: str) -> None:
+    model = network()
+    method = registry[name](start='2ba', end='4ba')
+    optimizer = SharpnessAwareOptimizer(BASES['SGD'](model.parameters()), method, model)
+    calls = []
+    for batch in batches(6):
+        closure = Closure(model, batch)
+        optimizer.step(closure)
+        calls.append(closure.calls)
+    assert [count > 1 for count in calls] == [False, False] + [method.passes > 1] * 2 + [False, False]
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_frozen_parameters_and_parameters_without_gradient(name: str) -> None:
+    class Branches(nn.Module):
+        """A parameter that takes part in the first pass only, one in later passes only, one never, one frozen."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.trunk, self.first, self.later, self.never, self.frozen = (nn.Linear(4, 4) for _ in range(5))
+            self.frozen.requires_grad_(False)
+            self.calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            branch = self.first if self.calls == 1 else self.later
+            return self.frozen(branch(torch.tanh(self.trunk(x))))
+
+    model = Branches()
+    base = Recorder(model.parameters())
+    optimizer = SharpnessAwareOptimizer(base, registry[name](), model)
+    before = copy.deepcopy(model.state_dict())
+    batch = (torch.randn(6, 4), torch.randint(4, (6,)))
+    optimizer.step(Closure(model, batch))
+    assert same(before, model.state_dict())
+    directions = dict(zip((n for n, _ in model.named_parameters()), base.directions[0], strict=True))
+    assert directions['trunk.weight'].norm() > 0
+    assert all(directions[f'{unused}.weight'] is None for unused in ('never', 'frozen'))
+    if name == 'SAM':
+        assert directions['first.weight'] is None and directions['later.weight'].norm() > 0
+
+
+def test_groups_have_their_own_rho_and_epsilon_under_one_norm() -> None:
+    model = network(torch.float64, dropout=0.0)
+    first, second = model[:3], model[3:]
+    groups = [{'params': list(first.parameters()), 'rho': 0.3}, {'params': list(second.parameters()), 'epsilon': 0.5}]
+    base = Recorder(groups)
+    optimizer = SharpnessAwareOptimizer(base, SAM(rho=0.1), model)
+    batch = batches(1, torch.float64)[0]
+    Closure(model, batch)()
+    grads = [p.grad.clone() for p in model.parameters()]
+    length = torch.sqrt(sum((g**2).sum() for g in grads))
+    count = len(list(first.parameters()))
+    expected = network(torch.float64, dropout=0.0)
+    with torch.no_grad():
+        for i, (p, g) in enumerate(zip(expected.parameters(), grads, strict=True)):
+            p += (0.3 / (length + 1e-12) if i < count else 0.1 / (length + 0.5)) * g
+    Closure(expected, batch)()
+    optimizer.step(Closure(model, batch))
+    for found, parameter in zip(base.directions[0], expected.parameters(), strict=True):
+        torch.testing.assert_close(found, parameter.grad, rtol=1e-10, atol=1e-14)
+
+
+def test_a_key_of_the_base_optimizer_is_not_taken_for_the_methods() -> None:
+    """Adadelta has a rho of its own, 0.9."""
+    results = []
+    for rho in (0.9, 0.5):
+        model = network(dropout=0.0)
+        optimizer = SharpnessAwareOptimizer(torch.optim.Adadelta(model.parameters(), rho=rho), SAM(rho=0.05), model)
+        perturbed = []
+        model[0].register_forward_hook(lambda module, *_: perturbed.append(module.weight.detach().clone()))  # noqa: B023
+        optimizer.step(Closure(model, batches(1)[0]))
+        results.append(perturbed[1])
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize('rho', [-1.0, 0.0, float('nan'), 'big', True])
+def test_a_groups_value_out_of_range_is_refused_before_training(rho: Any) -> None:
+    model = network()
+    with pytest.raises(ValueError, match='rho of a parameter group must be a finite number > 0, got'):
+        SharpnessAwareOptimizer(torch.optim.SGD([{'params': list(model.parameters()), 'rho': rho}], lr=0.1), SAM())
+
+
+@pytest.mark.parametrize('base', BASES)
+@pytest.mark.parametrize('name', METHODS)
+def test_copies_continue_as_the_original(name: str, base: str) -> None:
+    model = network(dropout=0.0)
+    optimizer = SharpnessAwareOptimizer(BASES[base](model.parameters()), registry[name](interval=2), model)
+    data = batches(6)
+    for batch in data[:3]:
+        optimizer.step(Closure(model, batch))
+    pairs = [copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer))), (model, optimizer)]
+    for one_model, one in pairs:
+        assert isinstance(one, SharpnessAwareOptimizer)
+        assert type(one).__qualname__ == base
+        for batch in data[3:]:
+            one.step(Closure(one_model, batch))
+    assert same(list(model.parameters()), list(pairs[0][0].parameters()))
+    assert same(list(model.parameters()), list(pairs[1][0].parameters()))
+    assert same(pairs[0][1].state_dict(), optimizer.state_dict())
+
+
+@pytest.mark.parametrize('base', BASES)
+@pytest.mark.parametrize('name', METHODS)
+def test_resume_from_the_base_optimizers_checkpoint(name: str, base: str) -> None:
+    data = batches(6)
+    method = registry[name](interval=2)
+    model = network(dropout=0.0)
+    optimizer = SharpnessAwareOptimizer(BASES[base](model.parameters()), method, model)
+    for batch in data[:3]:
+        optimizer.step(Closure(model, batch))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    for batch in data[3:]:
+        optimizer.step(Closure(model, batch))
+
+    resumed = network(dropout=0.0, seed=9)
+    resumed.load_state_dict(saved[0])
+    plain = BASES[base](resumed.parameters())
+    plain.load_state_dict(saved[1])  # the plain optimizer reads it,
+    again = SharpnessAwareOptimizer(plain, method, resumed)
+    again.load_state_dict(saved[1])  # and so does the wrapper
+    again.steps_taken = 3
+    for batch in data[3:]:
+        again.step(Closure(resumed, batch))
+    assert same(snapshot(model, optimizer)['model'], snapshot(resumed, again)['model'])
+    assert same(optimizer.state_dict(), again.state_dict())
+
+
+@pytest.mark.parametrize('on_wrapper', [True, False])
+def test_lr_schedulers_work_on_the_wrapper_and_on_the_base(on_wrapper: bool, recwarn: pytest.WarningsRecorder) -> None:
+    model = network()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = SharpnessAwareOptimizer(base, SAM(), model)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer if on_wrapper else base, 1, gamma=0.5)
+    for batch in batches(3):
+        optimizer.step(Closure(model, batch))
+        scheduler.step()
+    assert optimizer.param_groups[0]['lr'] == base.param_groups[0]['lr'] == 0.1 * 0.5**3
+    assert not [w for w in recwarn if 'lr_scheduler.step()' in str(w.message)]
+    copied_model, copied = copy.deepcopy((model, optimizer))
+    before = copy.deepcopy(copied_model.state_dict())
+    copied.step(Closure(copied_model, batches(1)[0]))
+    assert not same(before, copied_model.state_dict())
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_a_vanishing_radius_gives_the_plain_direction(name: str) -> None:
+    model = network(torch.float64, dropout=0.0)
+    base = Recorder(model.parameters())
+    radii = {field: 1e-9 for field in ('rho', 'grad_rho', 'grad_norm_rho') if hasattr(registry[name], field)}
+    assert radii
+    SharpnessAwareOptimizer(base, registry[name](**radii), model).step(Closure(model, batches(1, torch.float64)[0]))
+    Closure(model, batches(1, torch.float64)[0])()
+    found = torch.cat([d.reshape(-1) for d in base.directions[0] if d is not None])
+    plain = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+    torch.testing.assert_close(found / found.norm(), plain / plain.norm(), rtol=1e-6, atol=1e-8)
+
+
+def test_a_zero_gradient_moves_nothing_even_without_epsilon() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = SharpnessAwareOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SAM(epsilon=0.0), model)
+    before = copy.deepcopy(model.state_dict())
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = 0.0 * model(torch.ones(1, 3)).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert same(before, model.state_dict())
+
+
+def test_complex_parameters_are_pairs_of_real_ones() -> None:
+    weight = nn.Parameter(torch.tensor([1 + 2j, -0.5 + 1j]))
+    optimizer = SharpnessAwareOptimizer(torch.optim.SGD([weight], lr=0.1), SAM(rho=0.5))
+    seen = []
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        seen.append(weight.detach().clone())
+        loss = (weight.abs() ** 4).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    torch.testing.assert_close(torch.linalg.vector_norm(seen[1] - seen[0]), torch.tensor(0.5))
+    assert not torch.equal(weight, seen[0])
+
+
+def test_gradients_left_by_an_earlier_backward_are_not_added() -> None:
+    """Calling backward before step(closure) must not double the gradient, whatever the closure zeroes."""
+    results = []
+    for left_over in (True, False):
+        model = network(dropout=0.0)
+        optimizer = SharpnessAwareOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SAM(), model)
+        x, y = batches(1)[0]
+
+        def closure(model: nn.Module = model, x: torch.Tensor = x, y: torch.Tensor = y) -> torch.Tensor:
+            loss = nn.functional.cross_entropy(model(x), y)  # zeroes nothing
+            loss.backward()
+            return loss
+
+        if left_over:
+            next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
+        optimizer.step(closure)
+        results.append(list(model.parameters()))
+    assert same(*results)
+
+
+def test_step_without_closure_and_closures_without_loss_are_errors() -> None:
+    model = network()
+    optimizer = SharpnessAwareOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SAM(), model)
+    before = snapshot(model, optimizer)
+    inner = Closure(model, batches(1)[0])
+    for missing in (lambda: optimizer.step(), lambda: optimizer.step(None), lambda: optimizer.step(closure=None)):
+        with pytest.raises(ValueError, match='needs a closure .* SAM evaluates it 2 times'):
+            missing()
+    with pytest.raises(ValueError, match='the closure returned None'):
+        optimizer.step(lambda: [inner(), None][1])
+    assert same(before, snapshot(model, optimizer))
+
+
+def test_wrapping_twice_and_wrong_types_are_errors() -> None:
+    model = network()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r'wrapped already, with SAM\('):
+        SharpnessAwareOptimizer(SharpnessAwareOptimizer(base, SAM()), SAM())
+    with pytest.raises(TypeError, match='must be a torch.optim.Optimizer'):
+        SharpnessAwareOptimizer(model, SAM())
+    with pytest.raises(TypeError, match="one of composer_sam's methods"):
+        SharpnessAwareOptimizer(base, 0.05)
+    with pytest.raises(ValueError, match=r"start='0.5dur' needs a Trainer .* '500ba'"):
+        SharpnessAwareOptimizer(base, SAM(start='0.5dur'))
+
+
+def test_distributed_checkpoint_can_make_a_fresh_optimizers_state() -> None:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model = network()
+    optimizer = SharpnessAwareOptimizer(BASES['AdamW'](model.parameters()), SAM(), model)
+    before = copy.deepcopy(list(model.parameters()))
+    state = get_optimizer_state_dict(model, optimizer)
+    assert state['state']
+    assert same(before, list(model.parameters()))

@@ -1,0 +1,174 @@
+"""A step is a transaction, for every method: whatever fails in any pass, all is as if the step had not begun."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from composer_sam import SharpnessAwareOptimizer, registry
+from tests.problems import BASES, Closure, Recorder, batches, network, same, snapshot
+
+EVERY_PASS = [(name, index) for name, method in registry.items() for index in range(1, method().passes + 1)]
+METHODS = sorted(registry)
+
+
+def wrapped(name: str, base: str = 'SGD', **kwargs) -> tuple[nn.Module, SharpnessAwareOptimizer]:
+    model = network(**kwargs)
+    return model, SharpnessAwareOptimizer(BASES[base](model.parameters()), registry[name](), model)
+
+
+@pytest.mark.parametrize('error', [RuntimeError('CUDA out of memory'), KeyboardInterrupt(), ValueError('loss')])
+@pytest.mark.parametrize(('name', 'index'), EVERY_PASS)
+def test_a_fault_in_any_pass_leaves_everything_as_it_was(name: str, index: int, error: BaseException) -> None:
+    model, optimizer = wrapped(name, 'AdamW')
+    undisturbed_model, undisturbed = wrapped(name, 'AdamW')
+    first, second = batches(2)
+    for one_model, one_optimizer in ((model, optimizer), (undisturbed_model, undisturbed)):
+        torch.manual_seed(3)
+        one_optimizer.step(Closure(one_model, first))
+    before = snapshot(model, optimizer)
+    with pytest.raises(type(error)):
+        optimizer.step(Closure(model, second, error, fail_at=index))
+    assert same(before, snapshot(model, optimizer))
+    assert all(p.grad is None for p in model.parameters())
+    # The same batch again, and a further step, as if nothing had happened.
+    for batch in (second, first):
+        loss = optimizer.step(Closure(model, batch))
+    after = snapshot(model, optimizer)
+    torch.set_rng_state(before['random'][2])
+    for batch in (second, first):
+        expected = undisturbed.step(Closure(undisturbed_model, batch))
+    assert same(loss, expected)
+    assert same(after, snapshot(undisturbed_model, undisturbed))
+
+
+@pytest.mark.parametrize(('name', 'index'), EVERY_PASS)
+def test_an_error_while_the_weights_are_perturbed_in_the_forward(name: str, index: int) -> None:
+    model, optimizer = wrapped(name)
+    before = snapshot(model, optimizer)
+    calls = 0
+
+    def fail(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == index:
+            raise RuntimeError('in the forward')
+
+    handle = model[4].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match='in the forward'):
+        optimizer.step(Closure(model, batches(1)[0]))
+    handle.remove()
+    assert same(before, snapshot(model, optimizer))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize('name', METHODS)
+def test_weights_come_back_bit_for_bit(name: str, dtype: torch.dtype) -> None:
+    model = network(dtype)
+    optimizer = SharpnessAwareOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), registry[name](), model)
+    before = copy.deepcopy(list(model.parameters()))
+    for batch in batches(32, dtype):
+        optimizer.step(Closure(model, batch))
+    assert same(before, list(model.parameters()))
+
+
+@pytest.mark.parametrize(('name', 'index'), EVERY_PASS)
+def test_a_non_finite_gradient_leaves_no_perturbation_behind(name: str, index: int) -> None:
+    """What becomes of a NaN is the base optimizer's business, as without us; the weights it steps from are w."""
+    model = network()
+    base = Recorder(model.parameters())
+    optimizer = SharpnessAwareOptimizer(base, registry[name](), model)
+    before = copy.deepcopy(list(model.parameters()))
+    inner = Closure(model, batches(1)[0])
+
+    def closure() -> torch.Tensor:
+        loss = inner()
+        if inner.calls == index:
+            next(model.parameters()).grad.view(-1)[0] = float('nan')
+        return loss
+
+    optimizer.step(closure)
+    assert same(before, list(model.parameters()))
+    assert any(torch.isnan(d).any() for d in base.directions[0] if d is not None)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_random_streams_and_buffers_are_where_a_plain_step_leaves_them(name: str) -> None:
+    import random
+
+    plain, sharp = network(dropout=0.5), network(dropout=0.5)
+    draws = []
+    base = torch.optim.SGD(plain.parameters(), lr=0.0)
+    optimizer = SharpnessAwareOptimizer(torch.optim.SGD(sharp.parameters(), lr=0.0), registry[name](), sharp)
+    batch = batches(1)[0]
+    states = []
+    for model, one in ((plain, base), (sharp, optimizer)):
+        torch.manual_seed(5), np.random.seed(5), random.seed(5)
+        inner = Closure(model, batch)
+
+        def closure(inner: Closure = inner) -> torch.Tensor:
+            draws.append((random.random(), float(np.random.rand())))
+            return inner()
+
+        one.step(closure)
+        states.append((snapshot(model, one)['random'], copy.deepcopy(dict(model.named_buffers()))))
+        losses = inner.losses
+    assert same(states[0], states[1])
+    assert len(set(draws)) == 1  # every pass drew the same numbers as the plain step
+    assert states[1][1]['1.num_batches_tracked'] == 1
+    assert len(losses) == registry[name]().passes
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_every_pass_sees_the_same_dropout_mask(name: str) -> None:
+    model, optimizer = wrapped(name, dropout=0.5)
+    masks = []
+    model[3].register_forward_hook(lambda _, args, out: masks.append((out == 0) & (args[0] != 0)))
+    optimizer.step(Closure(model, batches(1)[0]))
+    assert len(masks) == optimizer.method.passes
+    assert all(torch.equal(masks[0], mask) for mask in masks[1:])
+    assert masks[0].any()
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_exchange_and_copy_give_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for fast in (True, False):
+        if not fast:
+            monkeypatch.setattr('composer_sam.placement.exchangeable', lambda parameter: False)
+        model, optimizer = wrapped(name)
+        torch.manual_seed(2)
+        addresses = [p.data_ptr() for p in model.parameters()]
+        seen = []
+        inner = model[0].register_forward_hook(lambda module, *_: seen.append(module.weight.data_ptr()))  # noqa: B023
+        for batch in batches(8):
+            optimizer.step(Closure(model, batch))
+        inner.remove()
+        assert addresses == [p.data_ptr() for p in model.parameters()]
+        assert (len(set(seen)) > 1) == fast  # the two paths were really taken
+        results.append(snapshot(model, optimizer))
+    assert same(*results)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_nothing_is_held_between_steps(name: str) -> None:
+    """Beyond the base optimizer: the direction in .grad, as a plain step leaves its gradient, and nothing else."""
+    import gc
+
+    def held(optimizer: torch.optim.Optimizer, model: nn.Module) -> int:
+        gc.collect()
+        tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    model = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 4))
+    batch = (torch.randn(8, 300), torch.randint(4, (8,)))
+    optimizer = SharpnessAwareOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), registry[name](), model)
+    optimizer.zero_grad()
+    before = held(optimizer, model)
+    optimizer.step(Closure(model, batch))
+    optimizer.zero_grad()
+    assert held(optimizer, model) - before < 10_000  # a copy of the parameters would be 365 kB

@@ -1,0 +1,103 @@
+"""Small problems the tests step: networks with known corners, and closures that count and can be made to fail."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+BASES: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    'SGD': lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-2),
+    'AdamW': lambda params: torch.optim.AdamW(params, lr=0.01, weight_decay=1e-1),
+}
+
+
+def network(dtype: torch.dtype = torch.float32, dropout: float = 0.25, seed: int = 0) -> nn.Sequential:
+    """A classifier with BatchNorm and dropout, about 200 parameters.
+
+    No bias before BatchNorm: its gradient is rounding noise, which Adam would scale up to full steps.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Linear(6, 9, bias=False),
+            nn.BatchNorm1d(9),
+            nn.Tanh(),
+            nn.Dropout(dropout),
+            nn.Linear(9, 7),
+            nn.Tanh(),
+            nn.Linear(7, 4),
+        )
+    return model.to(dtype)
+
+
+def batches(
+    count: int, dtype: torch.dtype = torch.float32, size: int = 12, seed: int = 1
+) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(size, 6, generator=generator).to(dtype), torch.randint(4, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+class Closure:
+    """The closure of one batch; counts its calls, and raises ``fault`` after the backward of call ``fail_at``."""
+
+    def __init__(
+        self, model: nn.Module, batch: tuple[Tensor, Tensor], fault: BaseException | None = None, fail_at: int = 0
+    ):
+        self.model, self.batch, self.fault, self.fail_at = model, batch, fault, fail_at
+        self.calls = 0
+        self.losses: list[float] = []
+
+    def __call__(self) -> Tensor:
+        self.calls += 1
+        x, y = self.batch
+        self.model.zero_grad()
+        loss = nn.functional.cross_entropy(self.model(x), y)
+        loss.backward()
+        self.losses.append(loss.item())
+        if self.fault is not None and self.calls == self.fail_at:
+            raise self.fault
+        return loss
+
+
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Everything a failed step must leave as it was."""
+    return {
+        'model': copy.deepcopy(model.state_dict()),
+        'optimizer': copy.deepcopy(optimizer.state_dict()),
+        'random': (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()),
+        'steps': getattr(optimizer, 'steps_taken', None),
+    }
+
+
+def same(a: Any, b: Any) -> bool:
+    """Bit-for-bit equality of nested containers of tensors (NaN equals itself)."""
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(12345.0), b.nan_to_num(12345.0))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+class Recorder(torch.optim.Optimizer):
+    """A base optimizer that keeps the directions it is given and leaves the weights alone."""
+
+    def __init__(self, params: Any, lr: float = 0.1):
+        super().__init__(params, {'lr': lr})
+        self.directions: list[list[Tensor | None]] = []
+
+    def step(self, closure: Any = None) -> None:
+        del closure
+        self.directions.append(
+            [None if p.grad is None else p.grad.clone() for group in self.param_groups for p in group['params']]
+        )

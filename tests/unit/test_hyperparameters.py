@@ -1,0 +1,91 @@
+"""Bad values are named, with what would work, when the method is made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from composer_sam import SAM, registry
+from composer_sam.algorithm import Moment
+
+
+@pytest.mark.parametrize(
+    ('values', 'message'),
+    [
+        ({'rho': 0}, 'rho must be a finite number > 0, got 0'),
+        ({'rho': -0.1}, 'rho must be a finite number > 0, got -0.1'),
+        ({'rho': float('inf')}, 'rho must be a finite number > 0, got inf'),
+        ({'rho': '0.1'}, "rho must be a finite number > 0, got '0.1'"),
+        ({'epsilon': -1e-9}, 'epsilon must be a finite number >= 0, got -1e-09'),
+    ],
+)
+def test_sam_values(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SAM(**values)
+
+
+@pytest.mark.parametrize('name', sorted(registry))
+@pytest.mark.parametrize(
+    ('values', 'message'),
+    [
+        ({'interval': 0}, 'interval must be an integer >= 1, got 0'),
+        ({'interval': 2.0}, 'interval must be an integer >= 1, got 2.0'),
+        ({'interval': True}, 'interval must be an integer >= 1, got True'),
+        ({'start': '20ba', 'end': '10ba'}, "start must lie before end, got start='20ba' and end='10ba'"),
+        ({'start': '0.5dur', 'end': '0.5dur'}, 'start must lie before end'),
+        ({'start': 'soon'}, "start must be a Composer time such as .* got 'soon'"),
+        ({'end': 10}, 'end must be a Composer time such as .* got 10'),
+        ({'start': '-1ep'}, 'start must'),
+        ({'sync_first_pass': 'yes'}, "sync_first_pass must be true or false, got 'yes'"),
+    ],
+)
+def test_shared_values(name: str, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        registry[name](**values)
+
+
+def test_unknown_hyperparameters_are_an_error() -> None:
+    with pytest.raises(TypeError, match='roh'):
+        SAM(roh=0.1)
+
+
+def test_windows_follow_the_trainers_time() -> None:
+    from composer.core import Time, Timestamp
+
+    def perturbed(method: SAM) -> list[int]:
+        moments = [
+            Moment(
+                batch, Timestamp(batch=batch, epoch=batch // 5, batch_in_epoch=batch % 5), Time.from_timestring('4ep')
+            )
+            for batch in range(20)
+        ]
+        return [moment.batch for moment in moments if method.perturbs(moment)]
+
+    assert perturbed(SAM(start='0.5dur')) == list(range(10, 20))
+    assert perturbed(SAM(end='1ep')) == list(range(5))
+    assert perturbed(SAM(start='3ba', end='0.25dur')) == [3, 4]
+    assert perturbed(SAM(interval=7)) == [6, 13]
+
+
+def test_the_registry_holds_every_file_of_the_package() -> None:
+    import importlib
+    import pkgutil
+
+    import composer_sam.methods
+
+    found = set()
+    for module in pkgutil.iter_modules(composer_sam.methods.__path__):
+        found |= set(importlib.import_module(f'composer_sam.methods.{module.name}').__all__)
+    assert found == set(registry)
+
+
+@pytest.mark.parametrize('name', sorted(registry))
+def test_a_method_is_documented(name: str) -> None:
+    method = registry[name]
+    doc = method.__doc__ or ''
+    for part in ('.. math::', 'Args:', 'Passes and memory:', 'Example:', 'Reference:'):
+        assert part in doc, part
+    assert f'{method().passes} passes' in doc
+    assert method.paper.split(',')[0].split()[0] in doc
+    assert 'https://' in method.paper

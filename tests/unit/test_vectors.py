@@ -1,0 +1,108 @@
+"""Properties of the vector mathematics."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from composer_sam.distributed import Layout
+from composer_sam.vectors import PerParameter, Vector, add, axpy, dot, norm, scale, subtract, to_radius
+
+SHAPES = [(3, 4), (), (5,), (2, 1, 3)]
+
+
+def vector(seed: int, dtype: torch.dtype = torch.float64, where: tuple[int, ...] = (0, 1, 2, 3)) -> Vector:
+    generator = torch.Generator().manual_seed(seed)
+    values = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in SHAPES]
+    layout = Layout([torch.zeros(shape, dtype=dtype) for shape in SHAPES])
+    return Vector([values[i] for i in where], where, layout)
+
+
+def flat(x: Vector) -> torch.Tensor:
+    full = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]
+    for i, value in zip(x.where, x.values, strict=True):
+        full[i] = value.double()
+    return torch.cat([value.reshape(-1) for value in full])
+
+
+seeds = st.integers(0, 2**31)
+places = st.sets(st.integers(0, 3)).map(lambda chosen: tuple(sorted(chosen)))
+radii = st.floats(1e-6, 1e6)
+
+
+@given(seeds, places)
+def test_norm_is_the_norm_of_the_flat_vector(seed: int, where: tuple[int, ...]) -> None:
+    x = vector(seed, where=where)
+    torch.testing.assert_close(norm(x), flat(x).norm(), rtol=1e-12, atol=0)
+
+
+@given(seeds, seeds, places, places)
+def test_sums_and_products_of_vectors_with_different_zeros(
+    a: int, b: int, p: tuple[int, ...], q: tuple[int, ...]
+) -> None:
+    x, y = vector(a, where=p), vector(b, where=q)
+    expected = [flat(x) + flat(y), flat(x) - flat(y), 2.5 * flat(x) + flat(y)]
+    for found, value in zip((add(x, y), subtract(x, y), axpy(2.5, x, y)), expected, strict=True):
+        assert torch.equal(flat(found), value)
+    torch.testing.assert_close(dot(x, y), flat(x) @ flat(y), rtol=1e-12, atol=1e-14)
+    assert torch.equal(flat(add(vector(a, where=p).donate(), y)), expected[0])
+    assert torch.equal(flat(add(y, vector(a, where=p).donate())), expected[0])
+    assert torch.equal(flat(subtract(vector(a, where=p).donate(), y)), expected[1])
+
+
+@given(seeds, radii)
+def test_to_radius_has_the_radius_and_the_direction(seed: int, rho: float) -> None:
+    x = vector(seed)
+    e = to_radius(x, rho)
+    assert math.isclose(norm(e).item(), rho, rel_tol=1e-9)
+    torch.testing.assert_close(flat(e) / rho, flat(x) / flat(x).norm(), rtol=1e-9, atol=1e-12)
+    assert torch.equal(flat(to_radius(vector(seed).donate(), rho)), flat(e))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@given(seed=seeds)
+def test_half_precision_offsets_are_rounded_once(seed: int, dtype: torch.dtype) -> None:
+    x = vector(seed, dtype)
+    e = to_radius(x, 0.05)
+    exact = 0.05 * flat(x) / flat(x).norm()
+    # One rounding of the exact product, up to ties that fp32 accumulation may turn.
+    ulp = torch.finfo(dtype).eps
+    torch.testing.assert_close(flat(e), exact, rtol=0.5001 * ulp, atol=1e-7)
+    assert all(value.dtype == dtype for value in e.values)
+    assert torch.equal(flat(to_radius(vector(seed, dtype).donate(), 0.05)), flat(e))
+
+
+def test_half_precision_norm_accumulates_in_fp32() -> None:
+    ones = torch.full((100_000,), 0.01, dtype=torch.bfloat16)
+    x = Vector([ones], [0], Layout([ones]))
+    assert norm(x).dtype == torch.float32
+    assert math.isclose(norm(x).item(), ones.double().norm().item(), rel_tol=1e-4)
+
+
+@given(seeds, radii, radii)
+def test_per_parameter_radii_share_one_norm(seed: int, a: float, b: float) -> None:
+    x = vector(seed)
+    e = to_radius(x, PerParameter([a, a, b, b]))
+    for i, value in enumerate(e.values):
+        torch.testing.assert_close(value, (a if i < 2 else b) * x.values[i] / flat(x).norm(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize('epsilon', [0.0, 1e-12, 1.0])
+def test_the_zero_vector_stays_zero(epsilon: float) -> None:
+    x = vector(0)
+    zero = subtract(x, x)
+    assert not flat(to_radius(zero, 1.0, epsilon)).any()
+    assert norm(vector(0, where=())) == 0
+
+
+def test_a_donated_vector_cannot_be_read_again() -> None:
+    x = vector(0)
+    memory = [value.data_ptr() for value in x.values]
+    moved = scale(x.donate(), 3.0)
+    assert [value.data_ptr() for value in moved.values] == memory
+    with pytest.raises(RuntimeError, match='was donated'):
+        norm(x)
