@@ -8,7 +8,7 @@ import os
 import queue
 import statistics
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def compare(
     threads = max(1, cores // jobs)
     results = _train_all(runs, jobs, threads)
 
-    how = f'{jobs} runs side by side, {threads} threads each'
+    how = f'{jobs} runs side by side, {threads} {"thread" if threads == 1 else "threads"} each'
     report = {'how': how, 'runs': [asdict(run) for run in results]}
     _write(out / 'results.json', json.dumps(report, indent=1).encode())
     picture = out / 'comparison.png'
@@ -155,11 +155,13 @@ def _load(paths: Sequence[str], overrides: Sequence[str]) -> list[Recipe]:
     if not paths:
         raise RecipeError('compare needs at least one recipe')
     recipes = [load_recipe(path, (), overrides) for path in paths]
-    names = [recipe.name for recipe in recipes]
-    for name, path, other in zip(names, paths, [paths[names.index(name)] for name in names], strict=True):
-        if path != other or names.count(name) != paths.count(path):
-            raise RecipeError(f'name: {other} and {path} are both called {name!r}; give one of them another name')
-    return list(dict(zip(names, recipes, strict=True)).values())
+    for index, recipe in enumerate(recipes):
+        for path, earlier in zip(paths, recipes[:index], strict=False):
+            if recipe.name == earlier.name:
+                raise RecipeError(
+                    f'name: {path} and {paths[index]} are both called {recipe.name!r}; rename one of them'
+                )
+    return recipes
 
 
 def _with_seed(recipe: Recipe, seed: int) -> Recipe:

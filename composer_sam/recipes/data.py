@@ -1,0 +1,242 @@
+"""The data sets a recipe can name, as loaders that hand out whole batches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.utils import dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets
+from torchvision.transforms import v2
+
+from composer_sam.recipes.errors import RecipeError
+from composer_sam.recipes.schema import Cifar, DataSection, Digits, ImageFolder
+
+__all__ = ['Data', 'Images', 'build_data', 'noisy_labels']
+
+Transform = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Data:
+    """A training and a test loader, and what a model must know of them."""
+
+    train: DataLoader
+    test: DataLoader
+    num_classes: int
+    image_shape: tuple[int, int, int]
+
+
+class Images(Dataset):
+    """Images and labels that are fetched a batch at a time.
+
+    Fetching, converting and normalising a batch at once spares the per-sample collation that dominates a step of a
+    small network. Augmentation is drawn for every image on its own.
+
+    Args:
+        images: A tensor of all images, or a sequence that reads one at a time.
+        labels: Their classes.
+        augment: Random transform of one image.
+        finish: Deterministic transform of a batch, last.
+    """
+
+    def __init__(
+        self,
+        images: Tensor | Sequence[Tensor],
+        labels: Tensor,
+        augment: Transform | None = None,
+        finish: Transform | None = None,
+    ) -> None:
+        self.images = images
+        self.labels = labels
+        self.augment = augment
+        self.finish = finish
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        images, labels = self.__getitems__([index])
+        return images[0], labels[0]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        if self.augment is None and isinstance(self.images, Tensor):
+            images = self.images[indices]
+        elif self.augment is None:
+            images = torch.stack([self.images[index] for index in indices])
+        else:
+            images = torch.stack([self.augment(self.images[index]) for index in indices])
+        return images if self.finish is None else self.finish(images), self.labels[indices]
+
+
+def build_data(section: DataSection, seed: int, pin_memory: bool = False) -> Data:
+    """Builds the loaders a recipe's ``data`` section asks for.
+
+    Args:
+        section: The section.
+        seed: Seed of the order of the batches and of augmentation in worker processes.
+        pin_memory: Whether batches are to be copied to a GPU.
+    """
+    world_size = dist.get_world_size()
+    if section.batch_size % world_size:
+        raise RecipeError(
+            f'data.batch_size: {section.batch_size} is over all processes together and cannot be divided among '
+            f'{world_size}; choose a multiple of {world_size}',
+        )
+    if isinstance(section, Digits):
+        train, test, num_classes = _digits(section)
+    elif isinstance(section, Cifar):
+        train, test, num_classes = _cifar(section)
+    elif isinstance(section, ImageFolder):
+        train, test, num_classes = _image_folder(section)
+    else:
+        raise TypeError(f'no data set is built from {type(section).__name__}')
+    if len(train) < section.batch_size:
+        raise RecipeError(f'data.batch_size: {section.batch_size} is more than the {len(train)} training images')
+    train.labels = noisy_labels(train.labels, num_classes, section.label_noise, section.noise_seed)
+
+    channels, height, width = test[0][0].shape
+    eval_batch_size = section.eval_batch_size or section.batch_size
+
+    def loader(images: Images, batch_size: int, training: bool) -> DataLoader:
+        return DataLoader(
+            images,
+            batch_size=batch_size,
+            # Composer tells a DistributedSampler the epoch, so the order depends on the seed and the epoch alone.
+            sampler=dist.get_sampler(images, shuffle=training, seed=seed),
+            drop_last=training and section.drop_last,
+            collate_fn=_whole_batch,
+            num_workers=section.num_workers,
+            pin_memory=pin_memory,
+            # Its own generator: seeding the workers takes nothing from the random stream that training draws from.
+            generator=torch.Generator().manual_seed(seed + dist.get_global_rank()),
+        )
+
+    return Data(
+        train=loader(train, section.batch_size // world_size, training=True),
+        test=loader(test, -(-eval_batch_size // world_size), training=False),
+        num_classes=num_classes,
+        image_shape=(channels, height, width),
+    )
+
+
+def noisy_labels(labels: Tensor, num_classes: int, fraction: float, seed: int) -> Tensor:
+    """Replaces a ``fraction`` of the ``labels``, rounded to whole labels, by a different class drawn uniformly."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(labels), generator=generator)[: round(fraction * len(labels))]
+    shift = torch.randint(1, num_classes, (len(chosen),), generator=generator) if num_classes > 1 else 0
+    noisy = labels.clone()
+    noisy[chosen] = (labels[chosen] + shift) % num_classes
+    return noisy
+
+
+def _whole_batch(batch: Any) -> Any:
+    """Stands in for collation: :class:`Images` hands out a batch, not a list of samples."""
+    return batch
+
+
+def _digits(section: Digits) -> tuple[Images, Images, int]:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = load_digits(return_X_y=True)
+    split: list[Any] = train_test_split(
+        torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16,  # the pixels count from 0 to 16
+        torch.tensor(labels, dtype=torch.int64),
+        test_size=section.test_fraction,
+        random_state=section.split_seed,
+        stratify=labels,
+    )
+    train_images, test_images, train_labels, test_labels = split
+    return Images(train_images, train_labels), Images(test_images, test_labels), 10
+
+
+def _cifar(section: Cifar) -> tuple[Images, Images, int]:
+    dataset = {'cifar10': datasets.CIFAR10, 'cifar100': datasets.CIFAR100}[section.name]
+    finish: list[Any] = [] if section.image_size == 32 else [v2.Resize(section.image_size, antialias=True)]
+    finish += _normalise(section)
+    splits = []
+    for training in (True, False):
+        try:
+            with dist.run_local_rank_zero_first():
+                source = dataset(section.root, train=training, download=section.download)
+        except (RuntimeError, OSError) as error:
+            advice = '' if section.download else '; set data.download=true or point data.root to it'
+            raise RecipeError(f'data.root: {section.root!r} does not give {section.name} ({error}){advice}') from error
+        images = torch.tensor(source.data).permute(0, 3, 1, 2).contiguous()
+        augment = _augmentation(section.augment, 32) if training else None
+        splits.append(Images(images, torch.tensor(source.targets), augment, v2.Compose(finish)))
+    return splits[0], splits[1], {'cifar10': 10, 'cifar100': 100}[section.name]
+
+
+class _Folder(Sequence[Tensor]):
+    """Reads the images of a ``torchvision.datasets.ImageFolder`` from disk one at a time."""
+
+    def __init__(self, source: datasets.ImageFolder, prepare: Transform | None) -> None:
+        self.source = source
+        self.prepare = prepare
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        path, _ = self.source.samples[index]
+        image = v2.functional.pil_to_tensor(self.source.loader(path))
+        return image if self.prepare is None else self.prepare(image)
+
+
+def _image_folder(section: ImageFolder) -> tuple[Images, Images, int]:
+    root = Path(section.root)
+    if not root.is_dir():
+        raise RecipeError(f'data.root: {section.root!r} is no directory; it must hold train/ and test/ or val/')
+    test_name = next((name for name in ('test', 'val') if (root / name).is_dir()), None)
+    if test_name is None or not (root / 'train').is_dir():
+        found = ', '.join(sorted(entry.name for entry in root.iterdir() if entry.is_dir())) or 'no directories'
+        raise RecipeError(f'data.root: {section.root!r} must hold train/ and test/ or val/, it holds {found}')
+    try:
+        train, test = datasets.ImageFolder(root / 'train'), datasets.ImageFolder(root / test_name)
+    except FileNotFoundError as error:
+        raise RecipeError(f'data.root: {section.root!r}: {error}') from None
+    if train.classes != test.classes:
+        differing = ', '.join(sorted(set(train.classes) ^ set(test.classes)))
+        raise RecipeError(f'data.root: train/ and {test_name}/ of {section.root!r} differ in classes: {differing}')
+
+    size = section.image_size
+    prepare = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+    train_images: Tensor | Sequence[Tensor] = _Folder(train, None if section.augment == 'resized_crop' else prepare)
+    test_images: Tensor | Sequence[Tensor] = _Folder(test, prepare)
+    same_size = len(test) if section.augment == 'resized_crop' else len(train) + len(test)
+    if same_size * 3 * size * size <= section.cache_mb * 2**20:
+        test_images = _read_all(test_images)
+        if section.augment != 'resized_crop':
+            train_images = _read_all(train_images)
+    finish = v2.Compose(_normalise(section))
+    return (
+        Images(train_images, torch.tensor(train.targets), _augmentation(section.augment, size), finish),
+        Images(test_images, torch.tensor(test.targets), None, finish),
+        len(train.classes),
+    )
+
+
+def _read_all(images: Sequence[Tensor]) -> Tensor:
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return torch.stack(list(threads.map(images.__getitem__, range(len(images)))))
+
+
+def _augmentation(name: str, size: int) -> Transform | None:
+    if name == 'crop_flip':
+        return v2.Compose([v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip()])
+    if name == 'resized_crop':
+        return v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
+    return None
+
+
+def _normalise(section: Cifar | ImageFolder) -> list[Any]:
+    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(section.mean, section.std)]

@@ -1,0 +1,150 @@
+"""The networks a recipe can name, each wrapped for Composer."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from composer.metrics import CrossEntropy
+from composer.models import ComposerClassifier
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from composer_sam.recipes.errors import RecipeError
+from composer_sam.recipes.schema import CNN, MLP, ModelSection, WideResNet
+
+__all__ = ['WideResNet28', 'build_model', 'cifar_resnet', 'plain_models']
+
+_CIFAR_RESNETS = {f'cifar_resnet{depth}': f'resnet{depth}' for depth in (18, 34, 50)}
+# In training these return their auxiliary classifiers' outputs too, which no ordinary loss understands.
+_WITHOUT_AUXILIARY = {name: {'aux_logits': False, 'init_weights': True} for name in ('googlenet', 'inception_v3')}
+
+
+def plain_models() -> list[str]:
+    """Names of the models that take no options: the CIFAR-stem ResNets and torchvision's classifiers."""
+    return [*_CIFAR_RESNETS, *torchvision.models.list_models(module=torchvision.models)]
+
+
+def build_model(section: ModelSection, image_shape: tuple[int, int, int], num_classes: int) -> ComposerClassifier:
+    """Builds the network for images of ``image_shape`` (channels, height, width).
+
+    Weights are drawn from torch's global random stream; seed it first.
+    """
+    channels = image_shape[0]
+    if isinstance(section, MLP):
+        module = mlp([math.prod(image_shape), *section.hidden, num_classes])
+    elif isinstance(section, CNN):
+        module = cnn(channels, section.width, num_classes)
+    elif isinstance(section, WideResNet):
+        module = WideResNet28(channels, num_classes, widen=10, dropout=section.dropout)
+    elif section.name in _CIFAR_RESNETS:
+        module = cifar_resnet(_CIFAR_RESNETS[section.name], channels, num_classes)
+    elif channels != 3:
+        raise RecipeError(f'model.name: {section.name!r} takes images of 3 channels, the data has {channels}')
+    else:
+        extra: dict[str, Any] = _WITHOUT_AUXILIARY.get(section.name, {})
+        module = torchvision.models.get_model(section.name, weights=None, num_classes=num_classes, **extra)
+    # The units Composer's FSDP shards by; where nothing is marked it shards nothing.
+    for child in module.children():
+        if any(True for _ in child.parameters()):
+            child._fsdp_wrap = True  # pyright: ignore[reportArgumentType]
+    accuracy = partial(MulticlassAccuracy, num_classes=num_classes, average='micro')
+    return ComposerClassifier(
+        module,
+        num_classes=num_classes,
+        train_metrics=MetricCollection([accuracy()]),
+        val_metrics=MetricCollection([CrossEntropy(), accuracy()]),
+    )
+
+
+def mlp(widths: list[int]) -> nn.Sequential:
+    """Linear layers of the given widths, input to output, with ReLU between them."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, outputs in itertools.pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def cnn(channels: int, width: int, num_classes: int) -> nn.Sequential:
+    """Two 3x3 convolutions with BatchNorm and pooling for images of a few pixels."""
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(width, 2 * width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(2 * width),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2 * width, num_classes),
+    )
+
+
+def cifar_resnet(name: str, channels: int, num_classes: int) -> nn.Module:
+    """torchvision's ResNet with the stem for 32x32 images: a 3x3 convolution of stride 1 and no pooling."""
+    module = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    module.conv1 = nn.Conv2d(channels, 64, kernel_size=3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(module.conv1.weight, mode='fan_out', nonlinearity='relu')
+    module.maxpool = nn.Identity()
+    return module
+
+
+class _WideBlock(nn.Module):
+    """BatchNorm, ReLU and convolution, twice, around a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        activated = F.relu(self.norm1(inputs))
+        shortcut = inputs if self.shortcut is None else self.shortcut(activated)
+        residual = self.conv1(activated)
+        return self.conv2(self.dropout(F.relu(self.norm2(residual)))) + shortcut
+
+
+class WideResNet28(nn.Module):
+    """The wide residual network of depth 28 for 32x32 images.
+
+    Args:
+        channels: Channels of the images.
+        num_classes: Classes to tell apart.
+        widen: How many times wider than the narrow residual network.
+        dropout: Probability between the two convolutions of a block.
+
+    Reference:
+        Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016, https://arxiv.org/abs/1605.07146
+    """
+
+    def __init__(self, channels: int, num_classes: int, widen: int = 10, dropout: float = 0.0) -> None:
+        super().__init__()
+        widths = [16, 16 * widen, 32 * widen, 64 * widen]
+        self.stem = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
+        stages = []
+        for inputs, outputs, stride in zip(widths[:-1], widths[1:], (1, 2, 2), strict=True):
+            blocks = [_WideBlock(inputs, outputs, stride, dropout)]
+            blocks += [_WideBlock(outputs, outputs, 1, dropout) for _ in range(3)]
+            stages.append(nn.Sequential(*blocks))
+        self.stages = nn.Sequential(*stages)
+        self.norm = nn.BatchNorm2d(widths[-1])
+        self.head = nn.Linear(widths[-1], num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = F.relu(self.norm(self.stages(self.stem(images))))
+        return self.head(torch.flatten(F.adaptive_avg_pool2d(features, 1), 1))
