@@ -1,0 +1,1 @@
+"""Scripts behind every claim about speed and memory; run them as ``python -m benchmarks.NAME`` from the repository."""
