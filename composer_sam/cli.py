@@ -38,8 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.command(options)
     except KeyboardInterrupt:
-        _complain('interrupted')
-        return INTERRUPTED
+        code = INTERRUPTED
+    except SystemExit as stop:  # what Composer makes of an interrupt and of being told to terminate
+        code = stop.code if isinstance(stop.code, int) else FAILED
+    _complain('interrupted')
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
+import multiprocessing.connection
 import os
-import queue
+import signal
 import statistics
+import threading
+import traceback
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from composer_sam.recipes import History, Recipe, RecipeError, build_trainer, lo
 __all__ = ['Run', 'RunError', 'compare', 'draw', 'tabulate']
 
 _REPORTS_PER_RUN = 200
+_GRACE_SECONDS = 10  # for a run that is told to end to close its files
 
 
 class RunError(RuntimeError):
@@ -166,7 +171,7 @@ def _load(paths: Sequence[str], overrides: Sequence[str]) -> list[Recipe]:
 
 def _with_seed(recipe: Recipe, seed: int) -> Recipe:
     """The recipe as one of several runs: a seed and a checkpoint directory of its own and no progress bar."""
-    run_name = f'{recipe.run_name or recipe.name}-seed{seed}'
+    run_name = f'{recipe.name}-seed{seed}'  # names differ, while a run_name can come from a common base
     save_folder = recipe.save_folder
     if save_folder is not None and '{run_name}' not in save_folder:
         save_folder = str(Path(save_folder) / run_name)
@@ -181,88 +186,117 @@ def _with_seed(recipe: Recipe, seed: int) -> Recipe:
 
 
 def _train_all(recipes: Sequence[Recipe], jobs: int, threads: int) -> list[Run]:
-    # A server process imports Composer once, and the workers start from there.
+    """Trains every recipe in a process of its own, ``jobs`` of them at a time; a failure ends them all."""
+    # A server process imports Composer once, and the runs' processes start from there.
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload([__name__])
-    reports = context.Queue()
-    console = Console(stderr=True)
+    _start_server()
+    waiting = list(reversed(recipes))
+    running: dict[Connection, tuple[Recipe, BaseProcess]] = {}
+    finished: dict[tuple[str, int], Run] = {}
     bar = Progress(
-        TextColumn('training {task.fields[runs]} runs'),
+        TextColumn(f'training {len(recipes)} runs'),
         BarColumn(None),
         TextColumn('{task.percentage:3.0f} %'),
         TimeRemainingColumn(),
-        console=console,
+        console=Console(stderr=True),
     )
-    task = bar.add_task('', total=len(recipes), runs=len(recipes))
-    with bar, ProcessPoolExecutor(jobs, context, initializer=_start_worker, initargs=(reports, threads)) as pool:
-        futures = {pool.submit(_train, recipe): recipe for recipe in recipes}
+    task = bar.add_task('', total=len(recipes))
+    with bar:
         try:
-            while not all(future.done() for future in futures):
-                _raise_failure(futures)
-                try:
-                    bar.advance(task, reports.get(timeout=0.2))
-                except queue.Empty:
-                    continue
-            _raise_failure(futures)
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    recipe = waiting.pop()
+                    receiver, sender = context.Pipe(duplex=False)
+                    process = context.Process(target=_train_in_process, args=(recipe, threads, sender))
+                    process.start()
+                    sender.close()
+                    running[receiver] = recipe, process
+                for receiver in multiprocessing.connection.wait(list(running)):
+                    recipe, process = running[receiver]  # pyright: ignore[reportArgumentType]
+                    message = _receive(receiver, recipe)
+                    if isinstance(message, Run):
+                        finished[recipe.name, recipe.seed] = message
+                        process.join()
+                        del running[receiver]  # pyright: ignore[reportArgumentType]
+                    elif isinstance(message, Exception):
+                        raise message
+                    else:
+                        bar.advance(task, message)
+        finally:
+            for _, process in running.values():
+                process.terminate()
+            for _, process in running.values():
+                process.join(_GRACE_SECONDS)
+                process.kill()
         bar.update(task, completed=len(recipes))
-    return [future.result() for future in futures]
+    return [finished[recipe.name, recipe.seed] for recipe in recipes]
 
 
-def _raise_failure(futures: dict[Future[Run], Recipe]) -> None:
-    for future, recipe in futures.items():
-        if future.done() and (error := future.exception()) is not None:
-            if isinstance(error, RecipeError):
-                raise error
-            raise RunError(f'{recipe.run_name} failed: {type(error).__name__}: {error}') from error
+def _start_server() -> None:
+    """Starts the server process deaf to an interrupt: the first process hears it and ends the others."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # where Python does not let signals be set, nor be heard
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _receive(receiver: Any, recipe: Recipe) -> float | Run | Exception:
+    try:
+        return receiver.recv()
+    except EOFError:
+        return RunError(f'{recipe.run_name} ended without a result; its process was killed or crashed')
+
+
+def _train_in_process(recipe: Recipe, threads: int, sender: Connection) -> None:
+    """Trains one recipe and sends, in this order, any number of trained parts and the run or what prevented it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in _start_server; importing Composer has set its own handler
+    torch.set_num_threads(threads)
+    history = History()
+    try:
+        trainer = build_trainer(recipe, [history, _Report(sender)])
+        try:
+            trainer.fit()
+            if not history.test['epoch']:
+                trainer.eval()
+        finally:
+            trainer.close()
+    except RecipeError as error:
+        sender.send(error)
+    except Exception as error:
+        traceback.print_exc()
+        sender.send(RunError(f'{recipe.run_name} failed: {type(error).__name__}: {error}'))
+    else:
+        sender.send(
+            Run(
+                recipe=recipe.name,
+                seed=recipe.seed,
+                steps=history.steps,
+                seconds_per_step=history.seconds_per_step,
+                accuracy=history.test['accuracy'][-1],
+                loss=history.test['loss'][-1],
+                train=history.train,
+                test=history.test,
+            ),
+        )
 
 
 class _Report(Callback):
-    """Puts the parts of the run that have been trained into the queue, a few hundred times a run."""
+    """Sends the parts of the run that have been trained, a few hundred times a run."""
 
-    def __init__(self, reports: Any) -> None:
-        self.reports = reports
+    def __init__(self, sender: Connection) -> None:
+        self.sender = sender
         self.reported = 0.0
 
     def batch_end(self, state: State, logger: Logger) -> None:
         del logger
         elapsed = state.get_elapsed_duration()
         if elapsed is not None and elapsed.value - self.reported >= 1 / _REPORTS_PER_RUN:
-            self.reports.put(elapsed.value - self.reported)
+            self.sender.send(elapsed.value - self.reported)
             self.reported = elapsed.value
-
-
-_reports: Any = None  # in a worker process: the queue to report to, which only inheritance can hand over
-
-
-def _start_worker(reports: Any, threads: int) -> None:
-    global _reports
-    _reports = reports
-    torch.set_num_threads(threads)
-
-
-def _train(recipe: Recipe) -> Run:
-    history = History()
-    trainer = build_trainer(recipe, [history, _Report(_reports)])
-    try:
-        trainer.fit()
-        if not history.test['epoch']:
-            trainer.eval()
-    finally:
-        trainer.close()
-    return Run(
-        recipe=recipe.name,
-        seed=recipe.seed,
-        steps=history.steps,
-        seconds_per_step=history.seconds_per_step,
-        accuracy=history.test['accuracy'][-1],
-        loss=history.test['loss'][-1],
-        train=history.train,
-        test=history.test,
-    )
 
 
 def _by_recipe(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -15,7 +15,7 @@ import composer.loggers
 import composer.optim
 import torch
 from composer import Trainer
-from composer.core import Algorithm, Callback
+from composer.core import Algorithm, Callback, TimeUnit, ensure_time
 from composer.devices import DeviceCPU, DeviceGPU
 from composer.loggers import LoggerDestination
 from composer.optim import ComposerScheduler
@@ -76,6 +76,8 @@ def check_recipe(recipe: Recipe) -> None:
     _parallelism(recipe)
     for key in ('max_duration', 'eval_interval', 'save_interval'):
         check_time(key, getattr(recipe, key))
+    if ensure_time(recipe.max_duration, TimeUnit.EPOCH).value <= 0:
+        raise RecipeError(f'max_duration: {recipe.max_duration!r} must be longer than nothing')
     try:
         device = get_device(recipe.device)
     except ValueError as error:

@@ -161,7 +161,8 @@ class Recipe(_Section):
 
     Attributes:
         name: What the run is called in tables and pictures; by default the recipe's file name.
-        run_name: What Composer calls the run in checkpoints and logs; ``name`` if not given.
+        run_name: What Composer calls the run in checkpoints and logs; ``name`` if not given. A comparison calls its
+            runs by name and seed.
         seed: Seed of the weights, the order of the batches, augmentation and dropout.
         precision: Numerical precision, as Composer names it.
         device: What to train on; a GPU where there is one, if not given.

@@ -1,0 +1,191 @@
+"""The ``composer-sam`` command, as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from composer_sam.cli import main
+from composer_sam.methods import registry
+
+REPOSITORY = Path(__file__).parents[2]
+SGD, SAM = (str(REPOSITORY / 'yamls' / 'digits' / f'{name}.yaml') for name in ('sgd', 'sam'))
+QUICK = ['max_duration=1ep', 'trainer.progress_bar=false']
+
+
+def run(*arguments: str, launcher: tuple[str, ...] = (sys.executable,), **options: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(REPOSITORY), **options}
+    return subprocess.Popen(
+        [*launcher, '-m', 'composer_sam', *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == ''
+    assert captured.err.count('\n') == 1
+    return captured.err
+
+
+def test_train_ends_with_the_result(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(['train', SAM, *QUICK, 'seed=3']) == 0
+    assert capsys.readouterr().out.startswith('SAM: test accuracy ')
+
+
+def test_train_takes_overlays_and_overrides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overlay = tmp_path / 'overlay.yaml'
+    overlay.write_text('name: overlaid\nmax_duration: 3ba\n')
+    assert main(['train', SGD, 'trainer.progress_bar=false', str(overlay), 'max_duration=2ba']) == 0
+    output = capsys.readouterr().out
+    assert output.startswith('overlaid: test accuracy')
+    assert 'after 2 steps' in output
+
+
+def test_training_again_resumes_or_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpointed = ['train', SGD, *QUICK, f'save_folder={tmp_path}']
+    assert main(checkpointed) == 0
+    first = capsys.readouterr().out
+    assert main(checkpointed) == 2
+    assert 'holds the checkpoints of another run' in one_line(capsys)
+    assert main([*checkpointed, 'autoresume=true']) == 0
+    again = capsys.readouterr().out
+    assert 'no further steps' in again
+    assert again.split(' after')[0] == first.split(' after')[0]
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['train', 'yamls/nowhere.yaml'], "recipe 'yamls/nowhere.yaml' does not exist"),
+        (
+            ['train', SGD, 'optimizer.momentun=0.1'],
+            'optimizer.momentun: unknown key (value 0.1); did you mean momentum',
+        ),
+        (['train', SGD, 'extra.yaml'], "recipe 'extra.yaml' does not exist"),
+        (['train', SAM, 'algorithms.sam.rho=0'], 'algorithms.sam: rho must be'),
+        (['train', SGD, 'save_folder=/proc/self/runs'], "save_folder: '/proc/self/runs' cannot be written"),
+        (['compare', 'max_duration=1ep'], 'compare needs at least one recipe'),
+        (['compare', SGD, SGD], "both called 'SGD'"),
+        (['compare', SGD, SAM, '--out', '/proc/self/out'], "--out: '/proc/self/out' cannot be written"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(arguments) == 2
+    assert message in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ([], 'required: COMMAND'),
+        (['trian', SGD], "invalid choice: 'trian'"),
+        (['train'], 'required: RECIPE'),
+        (['train', SGD, '--seeds', '3'], 'unrecognized arguments: --seeds'),
+        (['methods', 'SAM'], 'unrecognized arguments: SAM'),
+        (['compare', SGD, '--seeds', '0'], "must be an integer >= 1, got '0'"),
+    ],
+)
+def test_a_wrong_command_line_is_exit_code_2(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_training_that_fails_is_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    # The learning rate makes the weights overflow; the callback ends the run at the first loss that is not a number.
+    assert main(['train', SGD, *QUICK, 'optimizer.lr=1e30', 'callbacks.nan_monitor={}']) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith('composer-sam: training failed after ')
+    assert 'NaN' in last
+
+
+def test_methods_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(['methods']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ['name', 'passes', 'extra', 'memory', 'paper']
+    assert [line.split()[0] for line in lines[1:] if line[0] != ' '] == list(registry)
+    sam = next(line for line in lines if line.startswith('SAM '))
+    assert sam.split()[1] == '2'
+
+
+def test_compare_tabulates_draws_and_keeps_the_numbers(tmp_path: Path) -> None:
+    arguments = ['compare', SGD, SAM, '--seeds', '2', '--out', str(tmp_path / 'out'), 'max_duration=2ep', '--jobs', '2']
+    process = run(*arguments, f'save_folder={tmp_path}/runs')
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert [line.split()[:2] for line in output.splitlines()[1:3]] == [['SGD', '2'], ['SAM', '2']]
+    assert '2 runs side by side' in output
+    report = json.loads((tmp_path / 'out' / 'results.json').read_text())
+    assert [(run['recipe'], run['seed']) for run in report['runs']] == [
+        (n, s) for s in (17, 18) for n in ('SGD', 'SAM')
+    ]
+    for result in report['runs']:
+        assert result['steps'] == 42
+        assert result['test']['epoch'] == result['train']['epoch'] == [1, 2]
+        assert result['accuracy'] == result['test']['accuracy'][-1]
+        assert (tmp_path / 'runs' / f'{result["recipe"]}-seed{result["seed"]}' / 'config.yaml').is_file()
+    assert len({result['loss'] for result in report['runs']}) == 4
+    assert (tmp_path / 'out' / 'comparison.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_compare_says_which_run_failed(tmp_path: Path) -> None:
+    arguments = ['compare', SGD, '--out', str(tmp_path), *QUICK, 'optimizer.lr=1e30', 'callbacks.nan_monitor={}']
+    process = run(*arguments)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    assert errors.strip().splitlines()[-1].startswith('composer-sam: SGD-seed17 failed: RuntimeError: ')
+    assert not (tmp_path / 'results.json').exists()
+
+
+def test_an_interrupt_ends_compare_and_its_runs_quietly(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [
+            *(sys.executable, '-m', 'composer_sam', 'compare', SGD, SAM, '--out', str(tmp_path / 'out')),
+            *('max_duration=100000ep', f'save_folder={tmp_path}/runs', '--jobs', '2'),
+        ],
+        env={**os.environ, 'PYTHONPATH': str(REPOSITORY)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 90
+    while len(list(tmp_path.glob('runs/*/config.yaml'))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors.strip().splitlines()[-1] == 'composer-sam: interrupted'
+    assert 'Traceback' not in errors
+    deadline = time.monotonic() + 30
+    with pytest.raises(ProcessLookupError):  # soon nothing of the group is left running
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+
+
+def test_two_processes_train_and_one_speaks(tmp_path: Path) -> None:
+    launcher = (sys.executable, '-m', 'composer.cli', '-n', '2')
+    process = run('train', SAM, *QUICK, f'save_folder={tmp_path}', launcher=launcher)
+    output, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    assert [line for line in output.splitlines() if 'test accuracy' in line and 'after 21 steps' in line], output
+    assert output.count('test accuracy') == 1
+    assert (tmp_path / 'config.yaml').is_file()
