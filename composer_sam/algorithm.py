@@ -132,10 +132,11 @@ class SharpnessAware(Algorithm):
         """Raise ValueError for a window that the run's length shows to be empty, before training starts."""
         ends = {'start': self._start, 'end': self._end}
         for name, time in ends.items():
-            if time is not None and time.unit == TimeUnit.DURATION:
-                if max_duration is None:
-                    raise ValueError(f'{name}={getattr(self, name)!r} needs max_duration')
-                ends[name] = Time(time.value * max_duration.value, max_duration.unit)
+            if time is not None and time.unit == TimeUnit.DURATION and max_duration is None:
+                raise ValueError(f'{name}={getattr(self, name)!r} needs max_duration')
+            if time is not None and max_duration is not None and time.unit == max_duration.unit:
+                # Compared as parts of the run: of it alone Composer allows fractions.
+                ends[name] = Time(time.value / max_duration.value, TimeUnit.DURATION)
         start, end = ends.values()
         if _empty(start, end):
             raise ValueError(
