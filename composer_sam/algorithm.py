@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar
 
 from composer.core import Algorithm, Event, Precision, State, Time, Timestamp, TimeUnit
 from composer.loggers import Logger
+from composer.optim import ComposerScheduler
 
 from composer_sam.controls import TrainerControl
+from composer_sam.selection import Selection, check_selection
 from composer_sam.step import Passes, Step, count_passes
-from composer_sam.vectors import PerParameter
+from composer_sam.vectors import PerParameter, each
 
-__all__ = ['Moment', 'SharpnessAware', 'hyperparameter']
+__all__ = ['Moment', 'SharpnessAware', 'choice', 'hyperparameter']
 
 
 def hyperparameter(
@@ -26,18 +29,31 @@ def hyperparameter(
     gt: float | None = None,
     ge: float | None = None,
     lt: float | None = None,
+    per_group: bool = True,
 ) -> Any:
-    """Declare a method's numeric hyper-parameter: its default and its open (gt, lt) or closed (ge) range."""
-    return dataclasses.field(default=default, metadata={'range': (gt, ge, lt)})
+    """Declare a method's numeric hyper-parameter.
+
+    Args:
+        default: its default; None means that None is allowed.
+        gt: exclusive lower bound.
+        ge: inclusive lower bound.
+        lt: exclusive upper bound.
+        per_group: whether parameter groups may set it for themselves.
+    """
+    return dataclasses.field(default=default, metadata={'range': (gt, ge, lt), 'per_group': per_group})
+
+
+def choice(default: str, *others: str) -> Any:
+    """Declare a hyper-parameter that is one of a few words."""
+    return dataclasses.field(default=default, metadata={'choices': (default, *others)})
 
 
 @dataclass(frozen=True)
 class Moment:
-    """When a step happens: ``batch`` is the number of steps before it; the rest is known under a Trainer only."""
+    """When a step happens: ``batch`` is the number of steps before it; ``state`` is there under a Trainer only."""
 
     batch: int
-    timestamp: Timestamp | None = None
-    max_duration: Time | None = None
+    state: State | None = None
 
 
 @dataclass(eq=False, kw_only=True)
@@ -53,12 +69,20 @@ class SharpnessAware(Algorithm):
         end: first moment at which steps are no longer perturbed. None: to the last step.
         sync_first_pass: average the first pass's gradient over ranks, so that all ranks perturb alike; by default each
             rank perturbs by its own gradient (m-sharpness) and saves the communication.
+        parameters: which parameters are perturbed: a regular expression searched for in their names, the word
+            ``'normalization'`` for those of normalisation layers, or a predicate of name and parameter. The others get
+            the direction but no offset, and do not count in the radius. None: all.
+        schedules: factors by which hyper-parameters are multiplied over time, by name: a Composer scheduler
+            (``{'rho': CosineAnnealingScheduler()}``; needs a Trainer) or a callable of the timestamp. A factor of 0
+            is allowed: the radius may start or end there.
     """
 
     interval: int = 1
     start: str | Time | None = None
     end: str | Time | None = None
     sync_first_pass: bool = False
+    parameters: Selection | None = None
+    schedules: Mapping[str, Callable[..., float]] | None = None
 
     paper: ClassVar[str] = ''
     extra_copies: ClassVar[int] = 1
@@ -68,19 +92,18 @@ class SharpnessAware(Algorithm):
         :class:`Direction`. It sees vectors only, never parameters, gradients or the base optimizer."""
         raise NotImplementedError(f'{type(self).__name__} must define direction(step)')
 
-    @property
+    @functools.cached_property
     def passes(self) -> int:
         """Forward-backward passes of a perturbing step, counted on the rule itself."""
-        return count_passes(self.direction)
+        return count_passes(self)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if 'range' in field.metadata:
-                _check_range(field.name, getattr(self, field.name), *field.metadata['range'])
+            _check_field(field, getattr(self, field.name))
         if isinstance(self.interval, bool) or not isinstance(self.interval, int) or self.interval < 1:
             raise ValueError(f'interval must be an integer >= 1, got {self.interval!r}')
-        if not isinstance(self.sync_first_pass, bool):
-            raise ValueError(f'sync_first_pass must be true or false, got {self.sync_first_pass!r}')
+        check_selection(self.parameters)
+        self._check_schedules()
         self._start = _time('start', self.start)
         self._end = _time('end', self.end)
         if _empty(self._start, self._end):
@@ -102,25 +125,50 @@ class SharpnessAware(Algorithm):
             moment: when the step happens.
             groups: for each parameter group the values it sets for itself and its number of trainable parameters.
         """
-        del moment
-        own = {}
-        for field in dataclasses.fields(self):
-            if 'range' not in field.metadata or not any(field.name in values for values, _ in groups):
-                continue
-            default = getattr(self, field.name)
-            per_group = [(values.get(field.name, default), count) for values, count in groups]
-            for value, _ in per_group:
-                _check_range(f'{field.name} of a parameter group', value, *field.metadata['range'])
-            own[field.name] = PerParameter(value for value, count in per_group for _ in range(count))
+        own: dict[str, Any] = {}
+        for field in self._numeric():
+            name = field.name
+            if any(name in values for values, _ in groups):
+                if not field.metadata['per_group']:
+                    raise ValueError(f'{name} cannot differ between parameter groups in {type(self).__name__}')
+                per_group = [(values.get(name, getattr(self, name)), count) for values, count in groups]
+                for value, _ in per_group:
+                    _check_range(f'{name} of a parameter group', value, *field.metadata['range'])
+                own[name] = PerParameter(value for value, count in per_group for _ in range(count))
+        for name, schedule in (self.schedules or {}).items():
+            factor = _factor(name, schedule, moment)
+            own[name] = each(lambda value, factor=factor: factor * value, own.get(name, getattr(self, name)))
         if not own:
             return self
         method = copy.copy(self)
-        for name, values in own.items():
-            setattr(method, name, values)
+        for name, value in own.items():
+            setattr(method, name, value)
         return method
 
+    @classmethod
+    def _numeric(cls) -> list[dataclasses.Field]:
+        return [field for field in dataclasses.fields(cls) if 'range' in field.metadata]
+
+    def _check_schedules(self) -> None:
+        names = [field.name for field in self._numeric() if getattr(self, field.name) is not None]
+        for name, schedule in (self.schedules or {}).items():
+            if name not in names:
+                raise ValueError(
+                    f'schedules has no hyper-parameter {name!r} to follow: {type(self).__name__} has {", ".join(names)}'
+                )
+            if not callable(schedule):
+                raise ValueError(
+                    f'schedules[{name!r}] must be a Composer scheduler or a callable of the timestamp, got {schedule!r}'
+                )
+
     def check_without_trainer(self) -> None:
-        """Raise ValueError where ``start`` or ``end`` can only be told by a Trainer."""
+        """Raise ValueError where ``start``, ``end`` or a schedule can only be told by a Trainer."""
+        for name, schedule in (self.schedules or {}).items():
+            if _is_composer_scheduler(schedule):
+                raise ValueError(
+                    f'schedules[{name!r}] is a Composer scheduler, which needs a Trainer: '
+                    'without one give a callable of the timestamp'
+                )
         for name, time in (('start', self._start), ('end', self._end)):
             if time is not None and time.unit != TimeUnit.BATCH:
                 raise ValueError(
@@ -166,7 +214,7 @@ class SharpnessAware(Algorithm):
         if isinstance(optimizer, SharpnessAwareOptimizer) and optimizer.method is self:
             optimizer.model = state.model
             return
-        state.optimizers = SharpnessAwareOptimizer(optimizer, self, state.model, TrainerLink(state))
+        state.optimizers = SharpnessAwareOptimizer(optimizer, self, state.model, trainer=TrainerLink(state))
 
 
 class TrainerLink:
@@ -176,24 +224,34 @@ class TrainerLink:
         self._state = state
 
     def moment(self) -> Moment:
-        timestamp = self._state.timestamp
-        return Moment(timestamp.batch.value, timestamp, self._state.max_duration)
+        return Moment(self._state.timestamp.batch.value, self._state)
 
     def control(self, closure: Callable[..., Any]) -> TrainerControl:
         return TrainerControl(self._state, closure)
 
 
+def _check_field(field: dataclasses.Field, value: Any) -> None:
+    """Check a declared hyper-parameter: its range, its choices, or that a flag is a flag."""
+    if 'range' in field.metadata and not (value is None and field.default is None):
+        _check_range(field.name, value, *field.metadata['range'])
+    if 'choices' in field.metadata and value not in field.metadata['choices']:
+        raise ValueError(f'{field.name} must be one of {", ".join(field.metadata["choices"])}, got {value!r}')
+    if isinstance(field.default, bool) and not isinstance(value, bool):
+        raise ValueError(f'{field.name} must be true or false, got {value!r}')
+
+
 def _check_range(name: str, value: Any, gt: float | None, ge: float | None, lt: float | None) -> None:
     bounds = [f'{sign} {bound:g}' for sign, bound in (('>', gt), ('>=', ge), ('<', lt)) if bound is not None]
     number = isinstance(value, Real) and not isinstance(value, bool)
+    size = float(value) if number else math.nan
     if (
-        not number
-        or not math.isfinite(value)
-        or (gt is not None and value <= gt)
-        or (ge is not None and value < ge)
-        or (lt is not None and value >= lt)
+        not math.isfinite(size)
+        or (gt is not None and size <= gt)
+        or (ge is not None and size < ge)
+        or (lt is not None and size >= lt)
     ):
-        raise ValueError(f'{name} must be a finite number {" and ".join(bounds)}, got {value!r}')
+        wanted = ' '.join(['a finite number', ' and '.join(bounds)]).strip()
+        raise ValueError(f'{name} must be {wanted}, got {value!r}')
 
 
 def _time(name: str, value: str | Time | None) -> Time | None:
@@ -217,11 +275,25 @@ def _empty(start: Time | None, end: Time | None) -> bool:
 
 
 def _reached(time: Time, moment: Moment) -> bool:
-    if moment.timestamp is None:
+    if moment.state is None:
         return moment.batch >= time.value
+    timestamp, length = moment.state.timestamp, moment.state.max_duration
     if time.unit != TimeUnit.DURATION:
-        return moment.timestamp.get(time.unit) >= time
-    if moment.max_duration is None:
+        return timestamp.get(time.unit) >= time
+    if length is None:
         raise ValueError(f'{time.to_timestring()} needs max_duration')
-    elapsed = moment.timestamp.get(moment.max_duration.unit).value
-    return elapsed / moment.max_duration.value >= time.value
+    return timestamp.get(length.unit).value / length.value >= time.value
+
+
+def _is_composer_scheduler(schedule: Any) -> bool:
+    # A protocol that cannot be asked by isinstance; Composer's schedulers name it as their base.
+    return ComposerScheduler in type(schedule).__mro__
+
+
+def _factor(name: str, schedule: Callable[..., float], moment: Moment) -> float:
+    if _is_composer_scheduler(schedule):
+        factor = schedule(moment.state)
+    else:
+        factor = schedule(Timestamp(batch=moment.batch) if moment.state is None else moment.state.timestamp)
+    _check_range(f'the factor of schedules[{name!r}] at step {moment.batch}', factor, None, 0, None)
+    return float(factor)

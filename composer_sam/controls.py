@@ -1,6 +1,6 @@
 """What a repeated pass must not disturb: random streams, module buffers, and the trainer's metrics and records.
 
-A control is made when a step begins and remembers how it found things. The step tells it ``first_pass_done()`` after
+A control is made before the first pass and remembers how it found things. The step tells it ``first_pass_done()`` after
 the first pass, ``rewind()`` before each further pass, ``settle()`` when the passes are over and ``rollback()`` when the
 step failed. So every pass sees the same random numbers and the same buffers, and after the step all is as one ordinary
 pass would have left it, or, after a failure, as if the step had never begun.
@@ -163,7 +163,8 @@ class TrainerControl:
         if self._cell is not None:
             self._cell.cell_contents = self._microbatches
         for name, value in self._records.items():
-            setattr(self._state, name, value)
+            # Without its graph, which a differentiable backward would otherwise keep alive until the next batch.
+            setattr(self._state, name, tree_map(_detached, value))
 
     def rollback(self) -> None:
         # The trainer itself clears metrics and records before it tries a batch again.
@@ -182,6 +183,10 @@ def _copy(pairs: list[tuple[Tensor | None, Tensor | None]]) -> None:
 def _clone(item: Any) -> Any:
     # Not a deep copy: that copies the whole storage a tensor is a slice of.
     return item.detach().clone() if isinstance(item, Tensor) else copy.deepcopy(item)
+
+
+def _detached(item: Any) -> Any:
+    return item.detach() if isinstance(item, Tensor) else item
 
 
 def _write_back(item: Any, pristine: Any) -> None:

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ['Layout', 'local', 'replicas']
+__all__ = ['Layout', 'average', 'local', 'replicas']
 
 Groups = tuple[dist.ProcessGroup, ...]
 
@@ -57,16 +57,69 @@ class Layout:
         by_groups: dict[Groups, list[Tensor]] = {groups: [] for groups in self.groups}
         for partial, place in zip(partials, where, strict=True):
             by_groups[self.groups[place]].append(partial)
-        totals = []
-        for groups, own in by_groups.items():
-            subtotal = self.stack(own).sum() if own else self._zero()
-            for group in groups:
-                dist.all_reduce(subtotal, group=group)
-            totals.append(subtotal)
+        totals = [_summed(self.stack(own).sum() if own else self._zero(), groups) for groups, own in by_groups.items()]
         return self.stack(totals).sum()
+
+    def totals(self, partials: Sequence[Tensor], where: Sequence[int]) -> list[Tensor]:
+        """Each parameter's partial results, summed over the ranks that hold a shard of it."""
+        own = dict(zip(where, partials, strict=True))
+        sums: dict[int, Tensor] = {}
+        for groups in dict.fromkeys(self.groups):
+            members = [place for place, its in enumerate(self.groups) if its == groups]
+            together = _summed(self.stack([own.get(place, self._zero()) for place in members]), groups)
+            sums.update(zip(members, together, strict=True))
+        return [sums[place] for place in where]
 
     def _zero(self) -> Tensor:
         return torch.zeros((), dtype=self.accumulator, device=local(self.parameters[0]).device)
+
+
+def _summed(tensor: Tensor, groups: Groups) -> Tensor:
+    for group in groups:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def average(
+    values: Sequence[Tensor], where: Sequence[int], layout: Layout, group: dist.ProcessGroup | None
+) -> tuple[list[Tensor], list[int]]:
+    """The mean over ranks of one tensor per parameter, in one collective per data type.
+
+    A parameter that has no tensor on this rank counts as zero, and is in the result if any rank has one for it.
+
+    Returns:
+        The averaged tensors and their places in ``layout.parameters``.
+    """
+    own = dict(zip(where, values, strict=True))
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, parameter in enumerate(layout.parameters):
+        kinds.setdefault((parameter.device, parameter.dtype), []).append(place)
+    averaged: dict[int, Tensor] = {}
+    for (device, dtype), places in kinds.items():
+        pieces = [own.get(place) for place in places]
+        sizes = [layout.parameters[place].numel() for place in places]
+        buffer = torch.zeros(sum(sizes) + len(places), device=device, dtype=dtype)
+        *segments, present = buffer.split([*sizes, len(places)])
+        views = [
+            segment.as_strided(parameter.size(), _dense_stride(parameter))
+            for segment, parameter in zip(segments, (layout.parameters[place] for place in places), strict=True)
+        ]
+        filled = [(view, piece) for view, piece in zip(views, pieces, strict=True) if piece is not None]
+        if filled:
+            torch._foreach_copy_([view for view, _ in filled], [piece for _, piece in filled])
+        present.copy_(torch.tensor([piece is not None for piece in pieces]))
+        dist.all_reduce(buffer, group=group)
+        buffer /= dist.get_world_size(group)
+        # The device is asked only for what this rank cannot know.
+        anywhere = [True] * len(places) if len(filled) == len(places) else (present > 0).tolist()
+        averaged.update((place, view) for place, view, some in zip(places, views, anywhere, strict=True) if some)
+    found = sorted(averaged)
+    return [averaged[place] for place in found], found
+
+
+def _dense_stride(parameter: Tensor) -> tuple[int, ...]:
+    """The strides a gradient of the parameter has: the parameter's own, without gaps."""
+    return parameter.stride() if parameter.is_contiguous() else torch.empty_like(parameter, device='meta').stride()
 
 
 def _shard_groups(parameters: Sequence[Tensor], model: nn.Module | None) -> tuple[Groups, ...]:

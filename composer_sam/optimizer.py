@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from composer_sam.algorithm import Moment, SharpnessAware
+from composer_sam.controls import BufferControl, Control, RandomControl
 from composer_sam.distributed import replicas
-from composer_sam.step import Pass, Step
+from composer_sam.grad_scaler import unscale
+from composer_sam.step import PLAIN, Pass, Step
+from composer_sam.two_calls import TwoCalls
 
 __all__ = ['SharpnessAwareOptimizer']
 
@@ -43,11 +46,15 @@ class SharpnessAwareOptimizer(Optimizer):
         model: the module being trained. With it, buffers (BatchNorm statistics) are updated by the first pass only,
             DistributedDataParallel leaves the first pass unsynchronised, and FSDP's shards are counted once. Random
             streams are replayed with or without it.
+        grad_scaler: for fp16 in a loop of your own. You scale every loss with it and call its ``update()`` after the
+            step; the wrapper unscales every pass's gradient, and where one overflows on any rank it skips the step on
+            all of them.
         trainer: the trainer's side of a step, given by the Composer algorithm.
 
     Attributes:
         steps_taken (int): steps so far, for ``interval``. It is not part of the base optimizer's state: when you resume
             a loop of your own, set it to the number of steps taken. Under a Trainer its timestamp counts instead.
+        skipped (bool): whether the last step was skipped because a gradient overflowed.
 
     Raises:
         TypeError: ``base_optimizer`` is no torch optimizer or ``method`` no method.
@@ -80,6 +87,7 @@ class SharpnessAwareOptimizer(Optimizer):
         base_optimizer: Optimizer,
         method: SharpnessAware,
         model: nn.Module | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
         trainer: Any = None,
     ):
         # torch.optim.Optimizer.__init__ is not called: groups, state, defaults and hooks are the base optimizer's.
@@ -88,7 +96,11 @@ class SharpnessAwareOptimizer(Optimizer):
         self.method = method
         self.model = model
         self.trainer = trainer
+        self.grad_scaler = grad_scaler
         self.steps_taken = 0
+        self.skipped = False
+        self._step: Step | None = None
+        self._two_calls = TwoCalls(self)
         if trainer is None:
             method.check_without_trainer()
         self._resolved(self._moment())  # a group's hyper-parameter out of range is reported now
@@ -129,13 +141,14 @@ class SharpnessAwareOptimizer(Optimizer):
         return f'SharpnessAwareOptimizer({self.method!r}, {self.base_optimizer!r})'
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time and the trainer cannot be copied; an LR scheduler's patched ``step`` is left.
-        return _rebuild, (self.base_optimizer, self.method, self.model, self.steps_taken)
+        # The class is made at run time, and a trainer cannot be copied.
+        return _rebuild, (self.base_optimizer, self.method, self.model, self.grad_scaler, self.steps_taken)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharpnessAwareOptimizer:
-        return _rebuild(*copy.deepcopy((self.base_optimizer, self.method, self.model, self.steps_taken), memo))
+        rebuild, arguments = self.__reduce_ex__(2)
+        return rebuild(*copy.deepcopy(arguments, memo))
 
-    # The step.
+    # The step: in one closure, in a loop over its passes, or in two calls.
 
     def step(self, closure: Any = _MISSING) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Take one step.
@@ -154,33 +167,145 @@ class SharpnessAwareOptimizer(Optimizer):
         if closure is _MISSING or closure is None:
             return self._step_without_closure()
         closure = torch.enable_grad()(closure) if not torch.is_grad_enabled() else closure
-        moment = self._moment()
-        if not self.method.perturbs(moment):
-            return self._plain_step(closure)
+        self._two_calls.stop_watching()
         composer = _takes(closure, 'loss_dict')
-        controls = () if self.trainer is None else (self.trainer.control(closure),)
-        loss: Any = None
-        with Step(self._resolved(moment).direction, self._parameters(), self.state, self.model, controls) as step:
-            for request in step.passes():
-                value = self._call(closure, request, composer, first=step.index == 0)
-                if value is None:
+        first_loss: Any = None
+        # Closed explicitly: the traceback of an error would keep the passes, and with them the perturbation, alive.
+        with contextlib.closing(self.run(closure if composer else None)) as passes:
+            for index, request in enumerate(passes):
+                if composer and request is not PLAIN:
+                    options = {'ddp_sync': request.sync} if index == 0 else {'ddp_sync': request.sync, 'loss_dict': {}}
+                    loss = closure(**options)
+                else:
+                    loss = closure()
+                if loss is None:
                     if not composer:
                         raise ValueError('the closure returned None: it must return the loss it called backward() on')
-                    step.skip()
+                    self._skip()
                     return None
-                loss = value if step.index == 0 else loss
+                if index == 0:
+                    first_loss = loss.detach() if request.graph and isinstance(loss, Tensor) else loss
+        return None if self.skipped else first_loss
+
+    def passes(self) -> Iterator[int]:
+        """Take one step in a loop: one round per pass, with as many backward calls (micro-batches) in it as you like.
+
+        The step is taken when the loop ends by itself. Leaving it early, or an exception inside it, takes everything
+        back. Do not keep the iterator: it is the ``for`` statement that closes it.
+
+        Yields:
+            The number of the pass, from 0.
+
+        Example:
+            >>> import torch
+            >>> from composer_sam import GAM, SharpnessAwareOptimizer
+            >>> model = torch.nn.Linear(3, 1)
+            >>> optimizer = SharpnessAwareOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), GAM(), model)
+            >>> x, y = torch.randn(8, 3), torch.randn(8, 1)
+            >>> for _ in optimizer.passes():
+            ...     optimizer.zero_grad()
+            ...     torch.nn.functional.mse_loss(model(x), y).backward()
+        """
+        self._two_calls.stop_watching()
+        with contextlib.closing(self.run()) as passes:
+            for index, _ in enumerate(passes):
+                yield index
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        """After the first backward of a two-pass method: move the weights to where the second gradient is taken.
+
+        The classic order is backward, ``first_step``, backward, ``second_step``. Prefer :meth:`passes`: between these
+        two calls the weights are perturbed, and an exception there needs :meth:`abandon_step`. On a step that
+        ``interval``, ``start`` or ``end`` exclude the weights stay, and the second gradient is not used.
+
+        With ``model`` given, dropout masks and buffers of the second forward are those of the first. Under
+        DistributedDataParallel the first gradient is as your backward left it: synchronised, unless you called it under
+        ``model.no_sync()``.
+
+        Args:
+            zero_grad: True leaves no gradient behind; False leaves the first one in ``.grad``, a copy, which you zero
+                before the second backward.
+
+        Raises:
+            ValueError: the method has not two passes, ``second_step`` or a backward was missed.
+        """
+        self._two_calls.first(zero_grad)
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """After the second backward: put the weights back and let the base optimizer step with the direction.
+
+        Args:
+            zero_grad: True leaves no gradient behind; False leaves the direction in ``.grad``.
+
+        Raises:
+            ValueError: ``first_step`` or the second backward was missed; after a missed backward everything is as
+                before ``first_step``.
+        """
+        self._two_calls.second(zero_grad)
+
+    def abandon_step(self) -> None:
+        """Take back a step that ``first_step`` began; does nothing where none was."""
+        self._two_calls.abandon()
+
+    @property
+    def pass_index(self) -> int:
+        """The number, from 0, of the pass under way; -1 outside a perturbed step."""
+        return -1 if self._step is None else self._step.index
+
+    # How it is taken.
+
+    def run(self, closure: Any = None, controls: tuple[Control, ...] = ()) -> Generator[Pass, None, None]:
+        """The passes of one step; the step is taken when they are exhausted and undone when they are closed before."""
+        self._two_calls.check_none_pending()
+        if self._step is not None:
+            raise ValueError('a step is already under way: its loop over passes() was neither finished nor left')
+        moment = self._moment()
+        self.skipped = False
+        if not self.method.perturbs(moment):
+            yield PLAIN
+            self._finish(None)
+            return
+        controls = controls or self.controls(closure)
+        method = self._resolved(moment)
+        with Step(method, self.trainable(), self.state, self.model, controls, moment.batch) as step:
+            self._step = step
+            try:
+                for request in step.passes():
+                    with self._unsynchronised(request, closure):
+                        yield request
+                    if self._overflowed():
+                        self._skip()
+                        return
+                self._finish(step)
+            finally:
+                self._step = None
+
+    def _finish(self, step: Step | None) -> None:
+        """Let the base optimizer take its step: with the direction, or as it is."""
+        if step is None:
+            if self._overflowed():
+                self._skip()
+                return
+            self.base_optimizer.step()
+        else:
             step.write_direction()
             self.base_optimizer.step()
+            step.apply_decoupled(self.param_groups)
             step.commit()
         self.steps_taken += 1
-        return loss
 
-    def _plain_step(self, closure: Callable[..., Any]) -> Any:
-        loss = closure()
-        if loss is not None or not _takes(closure, 'loss_dict'):
-            self.base_optimizer.step()
-            self.steps_taken += 1
-        return loss
+    def _skip(self) -> None:
+        self.skipped = True
+        if self._step is not None:
+            self._step.skip()
+
+    def _overflowed(self) -> bool:
+        return self.grad_scaler is not None and not unscale(self.grad_scaler, self)
+
+    def _unsynchronised(self, request: Pass, closure: Any) -> Any:
+        """The context that leaves this pass's gradient on its rank, unless Composer's closure does that itself."""
+        ddp = None if request.sync or closure is not None else replicas(self.model)
+        return contextlib.nullcontext() if ddp is None else ddp.no_sync()
 
     def _step_without_closure(self) -> None:
         # torch.distributed.checkpoint makes a fresh optimizer's state by one step with zero gradients at lr 0.
@@ -194,15 +319,13 @@ class SharpnessAwareOptimizer(Optimizer):
             f'loss: {type(self.method).__name__} evaluates it {self.method.passes} times'
         )
 
-    def _call(self, closure: Callable[..., Any], request: Pass, composer: bool, first: bool) -> Any:
-        if composer:
-            return closure(ddp_sync=request.sync) if first else closure(loss_dict={}, ddp_sync=request.sync)
-        ddp = None if request.sync else replicas(self.model)
-        with contextlib.nullcontext() if ddp is None else ddp.no_sync():
-            return closure()
-
-    def _parameters(self) -> list[Tensor]:
+    def trainable(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group['params'] if p.requires_grad]
+
+    def controls(self, closure: Any = None) -> tuple[Control, ...]:
+        devices = {parameter.device for parameter in self.trainable()}
+        trainer = () if self.trainer is None else (self.trainer.control(closure),)
+        return (RandomControl(devices), *(() if self.model is None else (BufferControl(self.model),)), *trainer)
 
     def _moment(self) -> Moment:
         return Moment(batch=self.steps_taken) if self.trainer is None else self.trainer.moment()
@@ -225,10 +348,9 @@ def _named_like(base: type[Optimizer]) -> type[SharpnessAwareOptimizer]:
     return type(base.__name__, (SharpnessAwareOptimizer,), {'__qualname__': base.__qualname__, '__doc__': base.__doc__})
 
 
-def _rebuild(base: Optimizer, method: SharpnessAware, model: nn.Module | None, steps: int) -> SharpnessAwareOptimizer:
-    optimizer = object.__new__(_named_like(type(base)))
-    optimizer.base_optimizer, optimizer.method, optimizer.model = base, method, model
-    optimizer.trainer, optimizer.steps_taken = None, steps
+def _rebuild(base: Any, method: Any, model: Any, grad_scaler: Any, steps_taken: int) -> SharpnessAwareOptimizer:
+    optimizer = SharpnessAwareOptimizer(base, method, model, grad_scaler)
+    optimizer.steps_taken = steps_taken
     return optimizer
 
 

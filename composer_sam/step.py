@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from composer_sam.controls import BufferControl, Control, RandomControl
-from composer_sam.distributed import Layout, local
+from composer_sam.controls import Control
+from composer_sam.distributed import Layout, average, local, replicas
 from composer_sam.placement import Placement, real
-from composer_sam.vectors import Vector
+from composer_sam.selection import Selection, names_of, select
+from composer_sam.vectors import Number, PerParameter, Vector, add, restrict, scale, to_radius
 
-__all__ = ['Direction', 'Pass', 'Passes', 'Step', 'count_passes']
+__all__ = ['PLAIN', 'Direction', 'Method', 'Pass', 'Passes', 'Step', 'count_passes']
 
 # Method state lies beside the base optimizer's own, under keys no optimizer uses.
 MEMORY_PREFIX = 'sharpness_aware.'
@@ -29,10 +32,17 @@ class Pass:
         at: absolute offset from the weights w; ``None`` is w itself. Its memory is used up where it was donated.
         sync: False leaves the gradient of this rank's samples unaveraged, where the model's wrapper can do that
             (DistributedDataParallel); with one process and under FSDP it makes no difference.
+        graph: the gradient is asked for with its graph, to be differentiated again. The closure must call
+            ``backward(create_graph=True)``.
     """
 
     at: Vector | None = None
     sync: bool = True
+    graph: bool = False
+
+
+# The one pass of a step that is not perturbed: the base optimizer's own.
+PLAIN = Pass()
 
 
 @dataclass(frozen=True)
@@ -41,52 +51,117 @@ class Direction:
 
     Args:
         gradients: handed to the base optimizer in place of the plain gradient.
+        decoupled: applied after the base optimizer's step as w <- w - lr * decoupled, with each group's current lr and
+            nothing else of the base optimizer.
     """
 
     gradients: Vector
+    decoupled: Vector | None = None
 
 
 Passes: TypeAlias = Generator[Pass, Vector, Direction]
 
 
+class Method(Protocol):
+    """What a step needs to know of a method."""
+
+    parameters: Selection | None
+
+    def direction(self, step: Step) -> Passes: ...
+
+
 class Step:
     """One step of one method: runs its passes, and undoes everything if any of them fails.
 
-    A method sees ``memory`` (what it staged in the last committed step, one vector per name) and ``staged`` (what is
-    to be in ``memory`` from the next step on); the rest is the optimizer's. Used as a context manager: leaving it
-    before ``commit`` puts weights, buffers, random streams and gradients back as they were when it was made.
+    Used as a context manager: leaving it before ``commit`` puts weights, buffers, random streams and gradients back as
+    they were when it was made.
 
     Args:
-        direction: the method's generator function: yields a :class:`Pass`, is sent its gradient, returns a
-            :class:`Direction`.
+        method: the update rule, its hyper-parameters as they are at this step.
         parameters: the trainable parameters, in the optimizer's order.
         state: the base optimizer's state, where the method's memory lies.
-        model: the module, for its buffers and its shards.
-        controls: what else a repeated pass must not disturb.
+        model: the module, for its names, its shards and its replicas.
+        controls: what a repeated pass must not disturb.
+        number: how many steps were taken before.
         exchange: see :class:`~composer_sam.placement.Placement`.
     """
 
     def __init__(
         self,
-        direction: Any,
+        method: Method,
         parameters: list[Tensor],
         state: Mapping[Tensor, dict[str, Any]],
         model: nn.Module | None = None,
         controls: tuple[Control, ...] = (),
+        number: int = 0,
         exchange: bool = True,
     ):
         self.layout = Layout(parameters, model)
         self.memory = _read_memory(self.layout, state)
         self.staged: dict[str, Vector] = {}
+        self.number = number
         self.index = -1
+        self._model = model
         self._state = state
         self._placement = Placement(self.layout.parameters, exchange)
-        devices = {parameter.device for parameter in parameters}
-        self._controls = (RandomControl(devices), *([] if model is None else [BufferControl(model)]), *controls)
-        self._method = direction(self)
+        self._controls = controls
+        self._selected = None if method.parameters is None else select(method.parameters, parameters, model)
+        self._method = method.direction(self)
         self._gradient: Vector | None = None
         self._direction: Direction | None = None
         self._open = True
+
+    # What a method does with a step. Besides: ``memory`` is what it staged in the last step that was taken, a vector
+    # per name; ``staged`` is what is to be its memory from the next step on; ``number`` counts the steps before this.
+
+    def offset(self, x: Vector, rho: Number, epsilon: Number, metric: Vector | None = None) -> Vector:
+        """:func:`~composer_sam.vectors.to_radius` on the parameters that may be perturbed: the others stay at w, and
+        neither they nor their gradients count in the radius."""
+        return to_radius(self.selected(x), rho, epsilon, metric)
+
+    def selected(self, x: Vector) -> Vector:
+        """``x`` on the parameters that may be perturbed."""
+        return x if self._selected is None else restrict(x, self._selected)
+
+    def weights(self, at: Vector | None = None) -> Vector:
+        """The weights w, or w + at. They are read, never written."""
+        w = Vector([real(parameter.detach()) for parameter in self.layout.parameters], self._everywhere, self.layout)
+        return w if at is None else add(at, w)
+
+    def names(self, wanted_by: str) -> list[str]:
+        """The parameters' names in the model; ValueError where there are none, saying who wants them."""
+        return names_of(self.layout.parameters, self._model, wanted_by)
+
+    def mean(self, x: Vector) -> Vector:
+        """The average over ranks of what was computed from unsynchronised gradients, in one coalesced collective.
+
+        ``x`` itself where gradients are never unsynchronised: with one process, and under FSDP.
+        """
+        ddp = replicas(self._model)
+        if ddp is None or dist.get_world_size(ddp.process_group) == 1:
+            return x
+        return Vector(*average(x.values, x.where, self.layout, ddp.process_group), self.layout)
+
+    def hessian_product(self, gradient: Vector, v: Vector) -> tuple[Vector, Vector]:
+        """The gradient of a pass with ``graph=True`` without its graph, and the Hessian's product with ``v``.
+
+        Raises:
+            ValueError: the gradient has no graph, or the model cannot be differentiated twice.
+        """
+        parameters = [self.layout.parameters[where] for where in gradient.where]
+        # An entry without a graph is constant: its row of the Hessian is zero.
+        rows = [
+            (g, d) for g, d in zip(gradient.values, restrict(v, gradient.where).values, strict=True) if g.requires_grad
+        ]
+        if not rows:
+            raise ValueError('no gradient can be differentiated again: call loss.backward(create_graph=True)')
+        outputs, directions = zip(*rows, strict=True)
+        try:
+            products = torch.autograd.grad(outputs, parameters, directions, allow_unused=True)
+        except RuntimeError as error:
+            raise ValueError(f'the model cannot be differentiated twice: {error}') from error
+        found = [torch.zeros_like(p) if h is None else h for p, h in zip(parameters, products, strict=True)]
+        return gradient.like([g.detach() for g in gradient.values]), gradient.like([h.detach() for h in found])
 
     # What the optimizer does with a step.
 
@@ -105,7 +180,7 @@ class Step:
             if self.index == 0:
                 for control in self._controls:
                     control.first_pass_done()
-            self._gradient = self._take_gradient()
+            self._gradient = self._take_gradient(request.graph)
             self._placement.restore()
         for control in self._controls:
             control.settle()
@@ -113,19 +188,26 @@ class Step:
     @torch.no_grad()
     def write_direction(self) -> None:
         """Put the direction into the parameters' ``.grad`` for the base optimizer."""
-        if self._direction is None:
-            raise RuntimeError('the direction is not known before all passes are done')
-        gradients = self._direction.gradients
-        for value, where in zip(gradients.values, gradients.where, strict=True):
-            parameter = self.layout.parameters[where]
-            parameter.grad = _shaped_like(parameter, value)
+        for parameter, value in self._entries(self._found().gradients):
+            parameter.grad = value
+
+    @torch.no_grad()
+    def apply_decoupled(self, groups: list[dict[str, Any]]) -> None:
+        """Apply what the direction keeps from the base optimizer, after its step."""
+        decoupled = self._found().decoupled
+        if decoupled is None:
+            return
+        lr = {parameter: group['lr'] for group in groups for parameter in group['params']}
+        rates = PerParameter(lr[parameter] for parameter in self.layout.parameters)
+        moved = [real(self.layout.parameters[where]) for where in decoupled.where]
+        if moved:
+            torch._foreach_sub_(moved, scale(decoupled.donate(), rates).values)
 
     def commit(self) -> None:
         """The base optimizer has stepped: what the method staged becomes its memory, and nothing is undone any more."""
         for name, vector in self.staged.items():
-            for value, where in zip(vector.values, vector.where, strict=True):
-                parameter = self.layout.parameters[where]
-                self._state[parameter][MEMORY_PREFIX + name] = _shaped_like(parameter, value)
+            for parameter, value in self._entries(vector):
+                self._state[parameter][MEMORY_PREFIX + name] = value
         self._close()
 
     def skip(self) -> None:
@@ -173,7 +255,7 @@ class Step:
         for parameter in self.layout.parameters:
             parameter.grad = None
 
-    def _take_gradient(self) -> Vector:
+    def _take_gradient(self, graph: bool) -> Vector:
         """Take the gradients out of the parameters, so that nobody adds to them or zeroes them in place."""
         values, where = [], []
         for place, parameter in enumerate(self.layout.parameters):
@@ -185,20 +267,42 @@ class Step:
                     f'parameter {place} of shape {tuple(parameter.shape)} has a gradient of layout {gradient.layout}: '
                     'only dense gradients are supported; use nn.Embedding(..., sparse=False)'
                 )
-            values.append(_own_memory(real(gradient.detach()), parameter))
+            if graph and (self.layout.sharded or gradient.is_complex()):
+                raise ValueError('second derivatives of sharded (FSDP) or complex parameters are not supported')
+            values.append(gradient if graph else _own_memory(real(gradient.detach()), parameter))
             where.append(place)
             parameter.grad = None
         return Vector(values, where, self.layout)
 
+    def _found(self) -> Direction:
+        if self._direction is None:
+            raise RuntimeError('the direction is not known before all passes are done')
+        return self._direction
 
-def count_passes(direction: Any) -> int:
-    """The number of passes a method takes, found by running it on one parameter of one element."""
-    parameter = nn.Parameter(torch.ones(1))
-    step = Step(direction, [parameter], {})
+    def _entries(self, vector: Vector) -> list[tuple[Tensor, Tensor]]:
+        """Parameters and the vector's tensors, these in the form the base optimizer expects."""
+        pairs = zip(vector.values, vector.where, strict=True)
+        return [
+            (self.layout.parameters[where], _shaped_like(self.layout.parameters[where], value))
+            for value, where in pairs
+        ]
+
+    @property
+    def _everywhere(self) -> range:
+        return range(len(self.layout.parameters))
+
+
+def count_passes(method: Method) -> int:
+    """The number of passes a method takes, found by running it on a model of one weight and one bias."""
+    model = nn.Linear(1, 1, device='meta').to_empty(device='cpu')  # initialising would draw random numbers
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    selected = copy.copy(method)
+    selected.parameters = None
     count = 0
-    with step:
-        for _ in step.passes():
-            parameter.grad = torch.ones(1)
+    with Step(selected, list(model.parameters()), {}, model) as step:
+        for request in step.passes():
+            model(torch.ones(3, 1)).square().sum().backward(create_graph=request.graph)
             count += 1
     return count
 

@@ -7,7 +7,7 @@ at least fp32. Nothing here waits for the device: scalars stay 0-dimensional ten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -20,11 +20,24 @@ __all__ = [
     'Number',
     'PerParameter',
     'Vector',
+    'absolute',
     'add',
     'axpy',
+    'clip',
     'dot',
+    'each',
+    'join',
+    'multiply',
     'norm',
+    'norms',
+    'ones_like',
+    'rademacher',
+    'reject',
+    'rescale',
+    'restrict',
     'scale',
+    'sign',
+    'spatial_mean',
     'subtract',
     'to_radius',
 ]
@@ -67,27 +80,49 @@ class Vector:
         return self._values
 
     def donate(self) -> Vector:
-        """Hand the memory on: the result may be overwritten in place, and this vector can no longer be read.
+        """Hand the memory to one operation, which may overwrite it; this vector can no longer be read.
 
         What a method does not need again it donates, and a parameter-sized copy is saved:
-        ``to_radius(grad.donate(), rho)`` scales the gradient where it lies.
+        ``to_radius(grad.donate(), rho)`` scales the gradient where it lies. The operation's result is an ordinary
+        vector again.
         """
         moved = Vector(self.values, self.where, self.layout, donated=True)
         self._values = None
         return moved
 
-    def like(self, values: Sequence[Tensor], donated: bool = False) -> Vector:
+    def like(self, values: Sequence[Tensor]) -> Vector:
         """A vector of other values on the same parameters."""
-        return Vector(values, self.where, self.layout, donated)
+        return Vector(values, self.where, self.layout)
+
+
+def each(function: Callable[..., Any], *numbers: Any) -> Any:
+    """``function(*numbers)``, for every parameter by itself where one of the numbers differs between parameters.
+
+    Equal arguments share one result, so what is computed once is also applied in one multi-tensor call.
+    """
+    lengths = [len(number) for number in numbers if isinstance(number, PerParameter)]
+    if not lengths:
+        return function(*numbers)
+    columns = [number if isinstance(number, PerParameter) else (number,) * lengths[0] for number in numbers]
+    rows = list(zip(*columns, strict=True))
+    results = {row: function(*row) for row in set(rows)}
+    return PerParameter(results[row] for row in rows)
 
 
 def norm(x: Vector) -> Tensor:
     r"""The L2 norm :math:`\lVert x \rVert` over all elements of all ranks' shards, a 0-dimensional tensor."""
-    values = x.values
-    lengths = torch._foreach_norm(values, 2, dtype=x.layout.accumulator) if values else []
+    lengths = _multi(torch._foreach_norm, x.values, 2, dtype=x.layout.accumulator)
     if not x.layout.sharded and lengths:
         return torch.linalg.vector_norm(x.layout.stack(lengths))
     return x.layout.total([length.square() for length in lengths], x.where).sqrt()
+
+
+def norms(x: Vector) -> list[Tensor]:
+    """The L2 norm of each parameter's tensor, over all its shards, in the order of ``x.where``."""
+    lengths = _multi(torch._foreach_norm, x.values, 2, dtype=x.layout.accumulator)
+    if not x.layout.sharded:
+        return list(lengths)
+    return [square.sqrt() for square in x.layout.totals([length.square() for length in lengths], x.where)]
 
 
 def dot(x: Vector, y: Vector) -> Tensor:
@@ -113,7 +148,7 @@ def scale(x: Vector, factor: Coefficient) -> Vector:
             _multi(torch._foreach_mul_, chosen, [c.reshape(1) if value.dim() else c for value in chosen])
         else:
             _multi(torch._foreach_mul_, chosen, c)
-    return x.like(values, donated=x.donated)
+    return x.like(values)
 
 
 def add(x: Vector, y: Vector) -> Vector:
@@ -124,7 +159,7 @@ def add(x: Vector, y: Vector) -> Vector:
     if not x.donated:
         return x.like(_multi(torch._foreach_add, x.values, y.values))
     _multi(torch._foreach_add_, x.values, y.values)
-    return x
+    return x.like(x.values)
 
 
 def subtract(x: Vector, y: Vector) -> Vector:
@@ -133,40 +168,150 @@ def subtract(x: Vector, y: Vector) -> Vector:
     if not x.donated:
         return x.like(_multi(torch._foreach_sub, x.values, y.values))
     _multi(torch._foreach_sub_, x.values, y.values)
-    return x
+    return x.like(x.values)
 
 
-def axpy(a: Coefficient, x: Vector, y: Vector) -> Vector:
-    """``a * x + y``, in the memory of whichever of the two is donated."""
-    return add(scale(x, a), y)
+def axpy(a: Number, x: Vector, y: Vector) -> Vector:
+    """``a * x + y``, in the memory of ``y`` where it is donated."""
+    if isinstance(a, PerParameter):
+        return add(scale(x, a), y)
+    x, y = _aligned(x, y)
+    if not y.donated:
+        return y.like(_multi(torch._foreach_add, y.values, x.values, alpha=a))
+    _multi(torch._foreach_add_, y.values, x.values, alpha=a)
+    return y.like(y.values)
 
 
-def to_radius(x: Vector, rho: Number, epsilon: Number = 1e-12) -> Vector:
+def multiply(x: Vector, y: Vector) -> Vector:
+    """The elementwise product, in the memory of ``x`` where it is donated; zero where either is structurally zero."""
+    x, y = restrict(x, y.where), restrict(y, x.where)
+    if not x.donated:
+        return x.like(_multi(torch._foreach_mul, x.values, y.values))
+    _multi(torch._foreach_mul_, x.values, y.values)
+    return x.like(x.values)
+
+
+def absolute(x: Vector, plus: float = 0.0) -> Vector:
+    """``|x| + plus``, elementwise."""
+    values = _multi(torch._foreach_abs, x.values)
+    if plus:
+        _multi(torch._foreach_add_, values, plus)
+    return x.like(values)
+
+
+def sign(x: Vector) -> Vector:
+    """The sign of every element: -1, 0 or 1."""
+    return x.like(_multi(torch._foreach_sign, x.values))
+
+
+def ones_like(x: Vector) -> Vector:
+    """1 in every element that ``x`` has."""
+    return x.like([torch.ones_like(value) for value in x.values])
+
+
+def join(x: Vector, y: Vector) -> Vector:
+    """Two vectors on different parameters as one."""
+    pairs = sorted(zip((*x.where, *y.where), (*x.values, *y.values), strict=True), key=lambda pair: pair[0])
+    return Vector([value for _, value in pairs], [place for place, _ in pairs], x.layout)
+
+
+def rescale(x: Vector, like: Vector, granularity: str) -> Vector:
+    r"""The direction of ``x`` with the magnitude of ``like``; zero where ``x`` is.
+
+    ``'global'``: :math:`x \lVert \text{like} \rVert / \lVert x \rVert`; ``'tensor'``: the same for every parameter's
+    tensor; ``'elementwise'``: :math:`\operatorname{sign}(x) |\text{like}|`.
+    """
+    if granularity == 'elementwise':
+        return multiply(sign(x), absolute(like))
+    if granularity == 'global':
+        return scale(x, _quotient(norm(like), norm(x)))
+    wanted = dict(zip(like.where, norms(like), strict=True))
+    ratios = [torch.zeros((), device=value.device) for value in x.layout.parameters]
+    for place, length in zip(x.where, norms(x), strict=True):
+        if place in wanted:
+            ratios[place] = _quotient(wanted[place], length)
+    return scale(x, PerParameter(ratios))
+
+
+def spatial_mean(x: Vector) -> Vector:
+    """Convolution kernels (3 to 5 dimensions) averaged over their spatial elements; all other tensors as they are."""
+
+    def averaged(value: Tensor) -> Tensor:
+        spatial = tuple(range(2, value.dim()))
+        return value.mean(dim=spatial, keepdim=True).expand_as(value) if 3 <= value.dim() <= 5 else value
+
+    return x.like([averaged(value) for value in x.values])
+
+
+def rademacher(layout: Layout, seed: int) -> Vector:
+    """A vector of random signs: the same on every rank for the same seed, and from a random stream of its own."""
+    generators: dict[torch.device, torch.Generator] = {}
+    values = []
+    for parameter in layout.parameters:
+        if parameter.device not in generators:
+            generators[parameter.device] = torch.Generator(parameter.device).manual_seed(seed)
+        bits = torch.empty_like(parameter, requires_grad=False).bernoulli_(generator=generators[parameter.device])
+        values.append(bits.mul_(2).sub_(1))
+    return Vector(values, range(len(values)), layout)
+
+
+def restrict(x: Vector, where: Iterable[int]) -> Vector:
+    """``x`` on the parameters ``where``, zero on all others; shares the memory of ``x``."""
+    kept = set(where)
+    if kept.issuperset(x.where):
+        return x
+    pairs = [(value, place) for value, place in zip(x.values, x.where, strict=True) if place in kept]
+    return Vector([value for value, _ in pairs], [place for _, place in pairs], x.layout, x.donated)
+
+
+def to_radius(x: Vector, rho: Number, epsilon: Number = 1e-12, metric: Vector | None = None) -> Vector:
     r"""The vector along ``x`` of length ``rho``: the ascent step of the first-order methods.
 
-    .. math:: e = \rho \, \frac{x}{\lVert x \rVert + \epsilon}
+    .. math:: e = \rho \, \frac{T^2 x}{\lVert T x \rVert + \epsilon}
 
-    The zero vector stays zero, also for ``epsilon=0``. Where groups have a ``rho`` of their own the norm is still the
-    one norm over all parameters. In place where ``x`` is donated.
+    with the elementwise ``metric`` T, by default 1; a sign in T has no effect. The zero vector stays zero, also for
+    ``epsilon=0``. Where groups have a ``rho`` of their own the norm is still the one norm over all parameters. In place
+    where ``x`` is donated.
     """
+    if metric is not None:
+        x = multiply(x, metric).donate()  # the product is nobody else's
     length = norm(x)
+    if metric is not None:
+        x = multiply(x, metric).donate()
 
     def factor(radius: float, eps: float) -> Tensor:
         return torch.where(length == 0, torch.zeros_like(length), radius / (length + eps))
 
-    if not isinstance(rho, PerParameter) and not isinstance(epsilon, PerParameter):
-        return scale(x, factor(rho, epsilon))
-    count = len(x.layout.parameters)
-    radii = rho if isinstance(rho, PerParameter) else (rho,) * count
-    epsilons = epsilon if isinstance(epsilon, PerParameter) else (epsilon,) * count
-    pairs: list[tuple[float, float]] = list(zip(radii, epsilons, strict=True))
-    factors = {pair: factor(*pair) for pair in set(pairs)}
-    return scale(x, PerParameter(factors[pair] for pair in pairs))
+    return scale(x, each(factor, rho, epsilon))
 
 
-def _multi(operation: Callable[..., Any], values: list[Tensor], *others: Any) -> Any:
+def clip(x: Vector, max_norm: float) -> Vector:
+    r"""``x`` shortened to ``max_norm`` where it is longer, as :func:`torch.nn.utils.clip_grad_norm_` does it.
+
+    .. math:: x \, \min\left(1, \frac{\text{max\_norm}}{\lVert x \rVert + 10^{-6}}\right)
+    """
+    return scale(x, torch.clamp(max_norm / (norm(x) + 1e-6), max=1.0))
+
+
+def reject(x: Vector, y: Vector, epsilon: float = 0.0) -> Vector:
+    r"""The part of ``x`` orthogonal to ``y``.
+
+    .. math:: x - \cos(x, y) \, \lVert x \rVert \, \frac{y}{\lVert y \rVert + \epsilon}, \qquad
+        \cos(x, y) = \frac{\langle x, y \rangle}{\lVert x \rVert \lVert y \rVert + \epsilon}
+    """
+    x_norm, y_norm = norm(x), norm(y)
+    cosine = _quotient(dot(x, y), x_norm * y_norm + epsilon)
+    return subtract(x, scale(y, _quotient(cosine * x_norm, y_norm + epsilon)))
+
+
+def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator; 0 where the denominator is 0, which here only a zero vector makes it."""
+    return torch.where(denominator == 0, torch.zeros_like(numerator), numerator / denominator)
+
+
+def _multi(operation: Callable[..., Any], values: list[Tensor], *others: Any, **options: Any) -> Any:
     """A multi-tensor operation; torch itself refuses an empty list, such as a rank whose shards are all empty."""
-    return operation(values, *others) if values else []
+    return operation(values, *others, **options) if values else []
 
 
 def _aligned(x: Vector, y: Vector) -> tuple[Vector, Vector]:

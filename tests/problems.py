@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from composer_sam import registry
+from composer_sam.algorithm import SharpnessAware
+
 BASES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     'SGD': lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-2),
     'AdamW': lambda params: torch.optim.AdamW(params, lr=0.01, weight_decay=1e-1),
@@ -36,6 +39,23 @@ def network(dtype: torch.dtype = torch.float32, dropout: float = 0.25, seed: int
     return model.to(dtype)
 
 
+def convolutional(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Sequential:
+    """A classifier of the same inputs with a convolution and BatchNorm, and nothing random."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Unflatten(1, (1, 6)),
+            nn.Conv1d(1, 3, 3, padding=1, bias=False),
+            nn.BatchNorm1d(3),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(18, 7),
+            nn.Tanh(),
+            nn.Linear(7, 4),
+        )
+    return model.to(dtype)
+
+
 def batches(
     count: int, dtype: torch.dtype = torch.float32, size: int = 12, seed: int = 1
 ) -> list[tuple[Tensor, Tensor]]:
@@ -46,13 +66,28 @@ def batches(
     ]
 
 
+def needs_graph(name: str) -> bool:
+    """Whether the method differentiates the gradient again, so that the closure's backward must keep its graph."""
+    return registry[name]().backwards_create_graph
+
+
+def coupled(name: str, **values: Any) -> SharpnessAware:
+    """The method with everything it does in the direction it hands to the base optimizer, nothing beside it."""
+    return registry[name](**({'decouple': False} if name == 'WSAM' else {}), **values)
+
+
 class Closure:
     """The closure of one batch; counts its calls, and raises ``fault`` after the backward of call ``fail_at``."""
 
     def __init__(
-        self, model: nn.Module, batch: tuple[Tensor, Tensor], fault: BaseException | None = None, fail_at: int = 0
+        self,
+        model: nn.Module,
+        batch: tuple[Tensor, Tensor],
+        fault: BaseException | None = None,
+        fail_at: int = 0,
+        graph: bool = False,
     ):
-        self.model, self.batch, self.fault, self.fail_at = model, batch, fault, fail_at
+        self.model, self.batch, self.fault, self.fail_at, self.graph = model, batch, fault, fail_at, graph
         self.calls = 0
         self.losses: list[float] = []
 
@@ -61,7 +96,7 @@ class Closure:
         x, y = self.batch
         self.model.zero_grad()
         loss = nn.functional.cross_entropy(self.model(x), y)
-        loss.backward()
+        loss.backward(create_graph=self.graph)
         self.losses.append(loss.item())
         if self.fault is not None and self.calls == self.fail_at:
             raise self.fault
@@ -90,9 +125,9 @@ def same(a: Any, b: Any) -> bool:
 
 
 class Recorder(torch.optim.Optimizer):
-    """A base optimizer that keeps the directions it is given and leaves the weights alone."""
+    """A base optimizer that keeps the directions it is given and, at lr 0, leaves the weights alone."""
 
-    def __init__(self, params: Any, lr: float = 0.1):
+    def __init__(self, params: Any, lr: float = 0.0):
         super().__init__(params, {'lr': lr})
         self.directions: list[list[Tensor | None]] = []
 

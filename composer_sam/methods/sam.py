@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from composer_sam.algorithm import SharpnessAware, hyperparameter
 from composer_sam.step import Direction, Pass, Passes, Step
-from composer_sam.vectors import Number, to_radius
+from composer_sam.vectors import Number
 
 __all__ = ['SAM']
 
@@ -22,14 +22,16 @@ class SAM(SharpnessAware):
         \tilde g = \nabla L(w + e), \qquad
         w \leftarrow \text{base}(w, \tilde g)
 
-    with g the gradient of the batch at w. Weight decay, momentum and learning rate are the base optimizer's, applied
-    once, at w.
+    with g the gradient of the batch at w; ``adaptive`` measures the radius in the scale of the weights,
+    :math:`e = \rho \, w^2 g / (\lVert w g \rVert + \epsilon)`. Weight decay, momentum and learning rate are the base
+    optimizer's, applied once, at w.
 
     Args:
         rho: radius of the perturbation, :math:`\rho > 0`, in the units of the weights' L2 norm; 0.05 for a perturbation
             at every step, more for a larger ``interval`` (0.5 at interval 10). May be set per parameter group; the norm
             remains the one over all parameters.
         epsilon: added to the norm, :math:`\epsilon \ge 0`. May be set per parameter group.
+        adaptive: measure the radius in the scale of the weights, all of them; :class:`ASAM` treats biases differently.
 
     Passes and memory:
         2 passes per perturbing step, one copy of the parameters at the peak, nothing between steps.
@@ -52,10 +54,12 @@ class SAM(SharpnessAware):
 
     rho: Number = hyperparameter(0.05, gt=0)
     epsilon: Number = hyperparameter(1e-12, ge=0)
+    adaptive: bool = False
 
     paper: ClassVar[str] = 'Foret et al., ICLR 2021, https://arxiv.org/abs/2010.01412'
 
     def direction(self, step: Step) -> Passes:
         grad = yield Pass(sync=self.sync_first_pass)
-        ascent_grad = yield Pass(at=to_radius(grad.donate(), self.rho, self.epsilon))
+        metric = step.weights() if self.adaptive else None
+        ascent_grad = yield Pass(at=step.offset(grad.donate(), self.rho, self.epsilon, metric).donate())
         return Direction(ascent_grad)

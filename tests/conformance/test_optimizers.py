@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from composer_sam import SAM, SharpnessAwareOptimizer, registry
-from tests.problems import BASES, Closure, Recorder, batches, network, same, snapshot
+from tests.problems import BASES, Closure, Recorder, batches, coupled, needs_graph, network, same, snapshot
 
 METHODS = sorted(registry)
 TORCH_OPTIMIZERS = {
@@ -32,16 +32,18 @@ def test_every_torch_optimizer_gets_the_direction_and_keeps_its_own_state(name: 
     """The wrapped optimizer ends where the same optimizer ends that is fed the directions by hand."""
     fed, sharp = network(dropout=0.0), network(dropout=0.0)
     by_hand, optimizer = (TORCH_OPTIMIZERS[base](m.parameters(), lr=0.01) for m in (fed, sharp))
-    optimizer = SharpnessAwareOptimizer(optimizer, registry[name](), sharp)
+    optimizer = SharpnessAwareOptimizer(optimizer, coupled(name), sharp)
     assert optimizer.state is optimizer.base_optimizer.state
     assert optimizer.param_groups is optimizer.base_optimizer.param_groups
-    for batch in batches(4):
+    for number, batch in enumerate(batches(4)):
         recorder = Recorder(sharp.parameters())
-        SharpnessAwareOptimizer(recorder, registry[name](), sharp).step(Closure(sharp, batch))
+        recording = SharpnessAwareOptimizer(recorder, coupled(name), sharp)
+        recording.steps_taken = number
+        recording.step(Closure(sharp, batch, graph=needs_graph(name)))
         for parameter, direction in zip(fed.parameters(), recorder.directions[0], strict=True):
             parameter.grad = direction
         by_hand.step()
-        optimizer.step(Closure(sharp, batch))
+        optimizer.step(Closure(sharp, batch, graph=needs_graph(name)))
     assert same(list(fed.parameters()), list(sharp.parameters()))
     assert same(by_hand.state_dict(), optimizer.state_dict())
 
@@ -70,7 +72,7 @@ def test_lbfgs_is_refused_and_sparse_gradients_are_named() -> None:
 def test_the_closure_is_called_once_a_pass_and_the_first_loss_is_returned(name: str) -> None:
     model = network()
     optimizer = SharpnessAwareOptimizer(BASES['SGD'](model.parameters()), registry[name](), model)
-    closure = Closure(model, batches(1)[0])
+    closure = Closure(model, batches(1)[0], graph=needs_graph(name))
     loss = optimizer.step(closure)
     assert closure.calls == optimizer.method.passes
     assert loss.item() == closure.losses[0]
@@ -81,7 +83,7 @@ def test_a_loss_of_exactly_zero_is_a_loss(name: str) -> None:
     model = network(dropout=0.0)
     base = Recorder(model.parameters())
     optimizer = SharpnessAwareOptimizer(base, registry[name](), model)
-    inner = Closure(model, batches(1)[0])
+    inner = Closure(model, batches(1)[0], graph=needs_graph(name))
 
     def closure() -> float:
         inner()
@@ -102,7 +104,7 @@ def test_interval_perturbs_every_kth_step_and_leaves_the_others_to_the_base(name
     calls = []
     torch.manual_seed(0)
     for batch in data:
-        closure = Closure(sharp, batch)
+        closure = Closure(sharp, batch, graph=needs_graph(name))
         optimizer.step(closure)
         calls.append(closure.calls)
         if len(calls) == 2:
@@ -111,7 +113,7 @@ def test_interval_perturbs_every_kth_step_and_leaves_the_others_to_the_base(name
     assert calls == [1, 1, passes, 1, 1, passes, 1]
     torch.manual_seed(0)
     for batch in data[:2]:
-        base.step(Closure(plain, batch))
+        base.step(Closure(plain, batch, graph=needs_graph(name)))
     assert same(list(plain.parameters()), after_two)
 
 
@@ -122,7 +124,7 @@ def test_start_and_end_bound_the_perturbed_steps(name: str) -> None:
     optimizer = SharpnessAwareOptimizer(BASES['SGD'](model.parameters()), method, model)
     calls = []
     for batch in batches(6):
-        closure = Closure(model, batch)
+        closure = Closure(model, batch, graph=needs_graph(name))
         optimizer.step(closure)
         calls.append(closure.calls)
     assert [count > 1 for count in calls] == [False, False] + [method.passes > 1] * 2 + [False, False]
@@ -150,7 +152,7 @@ def test_frozen_parameters_and_parameters_without_gradient(name: str) -> None:
     optimizer = SharpnessAwareOptimizer(base, registry[name](), model)
     before = copy.deepcopy(model.state_dict())
     batch = (torch.randn(6, 4), torch.randint(4, (6,)))
-    optimizer.step(Closure(model, batch))
+    optimizer.step(Closure(model, batch, graph=needs_graph(name)))
     assert same(before, model.state_dict())
     directions = dict(zip((n for n, _ in model.named_parameters()), base.directions[0], strict=True))
     assert directions['trunk.weight'].norm() > 0
@@ -207,13 +209,13 @@ def test_copies_continue_as_the_original(name: str, base: str) -> None:
     optimizer = SharpnessAwareOptimizer(BASES[base](model.parameters()), registry[name](interval=2), model)
     data = batches(6)
     for batch in data[:3]:
-        optimizer.step(Closure(model, batch))
+        optimizer.step(Closure(model, batch, graph=needs_graph(name)))
     pairs = [copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer))), (model, optimizer)]
     for one_model, one in pairs:
         assert isinstance(one, SharpnessAwareOptimizer)
         assert type(one).__qualname__ == base
         for batch in data[3:]:
-            one.step(Closure(one_model, batch))
+            one.step(Closure(one_model, batch, graph=needs_graph(name)))
     assert same(list(model.parameters()), list(pairs[0][0].parameters()))
     assert same(list(model.parameters()), list(pairs[1][0].parameters()))
     assert same(pairs[0][1].state_dict(), optimizer.state_dict())
@@ -227,10 +229,10 @@ def test_resume_from_the_base_optimizers_checkpoint(name: str, base: str) -> Non
     model = network(dropout=0.0)
     optimizer = SharpnessAwareOptimizer(BASES[base](model.parameters()), method, model)
     for batch in data[:3]:
-        optimizer.step(Closure(model, batch))
+        optimizer.step(Closure(model, batch, graph=needs_graph(name)))
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     for batch in data[3:]:
-        optimizer.step(Closure(model, batch))
+        optimizer.step(Closure(model, batch, graph=needs_graph(name)))
 
     resumed = network(dropout=0.0, seed=9)
     resumed.load_state_dict(saved[0])
@@ -240,7 +242,7 @@ def test_resume_from_the_base_optimizers_checkpoint(name: str, base: str) -> Non
     again.load_state_dict(saved[1])  # and so does the wrapper
     again.steps_taken = 3
     for batch in data[3:]:
-        again.step(Closure(resumed, batch))
+        again.step(Closure(resumed, batch, graph=needs_graph(name)))
     assert same(snapshot(model, optimizer)['model'], snapshot(resumed, again)['model'])
     assert same(optimizer.state_dict(), again.state_dict())
 
@@ -268,8 +270,10 @@ def test_a_vanishing_radius_gives_the_plain_direction(name: str) -> None:
     base = Recorder(model.parameters())
     radii = {field: 1e-9 for field in ('rho', 'grad_rho', 'grad_norm_rho') if hasattr(registry[name], field)}
     assert radii
-    SharpnessAwareOptimizer(base, registry[name](**radii), model).step(Closure(model, batches(1, torch.float64)[0]))
-    Closure(model, batches(1, torch.float64)[0])()
+    SharpnessAwareOptimizer(base, registry[name](**radii), model).step(
+        Closure(model, batches(1, torch.float64)[0], graph=needs_graph(name))
+    )
+    Closure(model, batches(1, torch.float64)[0], graph=needs_graph(name))()
     found = torch.cat([d.reshape(-1) for d in base.directions[0] if d is not None])
     plain = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
     torch.testing.assert_close(found / found.norm(), plain / plain.norm(), rtol=1e-6, atol=1e-8)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from composer_sam import SharpnessAwareOptimizer, registry
-from tests.problems import BASES, Closure, Recorder, batches, network, same, snapshot
+from tests.problems import BASES, Closure, Recorder, batches, coupled, needs_graph, network, same, snapshot
 
 EVERY_PASS = [(name, index) for name, method in registry.items() for index in range(1, method().passes + 1)]
 METHODS = sorted(registry)
@@ -29,19 +29,19 @@ def test_a_fault_in_any_pass_leaves_everything_as_it_was(name: str, index: int, 
     first, second = batches(2)
     for one_model, one_optimizer in ((model, optimizer), (undisturbed_model, undisturbed)):
         torch.manual_seed(3)
-        one_optimizer.step(Closure(one_model, first))
+        one_optimizer.step(Closure(one_model, first, graph=needs_graph(name)))
     before = snapshot(model, optimizer)
     with pytest.raises(type(error)):
-        optimizer.step(Closure(model, second, error, fail_at=index))
+        optimizer.step(Closure(model, second, error, fail_at=index, graph=needs_graph(name)))
     assert same(before, snapshot(model, optimizer))
     assert all(p.grad is None for p in model.parameters())
     # The same batch again, and a further step, as if nothing had happened.
     for batch in (second, first):
-        loss = optimizer.step(Closure(model, batch))
+        loss = optimizer.step(Closure(model, batch, graph=needs_graph(name)))
     after = snapshot(model, optimizer)
     torch.set_rng_state(before['random'][2])
     for batch in (second, first):
-        expected = undisturbed.step(Closure(undisturbed_model, batch))
+        expected = undisturbed.step(Closure(undisturbed_model, batch, graph=needs_graph(name)))
     assert same(loss, expected)
     assert same(after, snapshot(undisturbed_model, undisturbed))
 
@@ -60,7 +60,7 @@ def test_an_error_while_the_weights_are_perturbed_in_the_forward(name: str, inde
 
     handle = model[4].register_forward_hook(fail)
     with pytest.raises(RuntimeError, match='in the forward'):
-        optimizer.step(Closure(model, batches(1)[0]))
+        optimizer.step(Closure(model, batches(1)[0], graph=needs_graph(name)))
     handle.remove()
     assert same(before, snapshot(model, optimizer))
 
@@ -72,7 +72,7 @@ def test_weights_come_back_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     optimizer = SharpnessAwareOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), registry[name](), model)
     before = copy.deepcopy(list(model.parameters()))
     for batch in batches(32, dtype):
-        optimizer.step(Closure(model, batch))
+        optimizer.step(Closure(model, batch, graph=needs_graph(name)))
     assert same(before, list(model.parameters()))
 
 
@@ -81,9 +81,9 @@ def test_a_non_finite_gradient_leaves_no_perturbation_behind(name: str, index: i
     """What becomes of a NaN is the base optimizer's business, as without us; the weights it steps from are w."""
     model = network()
     base = Recorder(model.parameters())
-    optimizer = SharpnessAwareOptimizer(base, registry[name](), model)
+    optimizer = SharpnessAwareOptimizer(base, coupled(name), model)
     before = copy.deepcopy(list(model.parameters()))
-    inner = Closure(model, batches(1)[0])
+    inner = Closure(model, batches(1)[0], graph=needs_graph(name))
 
     def closure() -> torch.Tensor:
         loss = inner()
@@ -108,7 +108,7 @@ def test_random_streams_and_buffers_are_where_a_plain_step_leaves_them(name: str
     states = []
     for model, one in ((plain, base), (sharp, optimizer)):
         torch.manual_seed(5), np.random.seed(5), random.seed(5)
-        inner = Closure(model, batch)
+        inner = Closure(model, batch, graph=needs_graph(name))
 
         def closure(inner: Closure = inner) -> torch.Tensor:
             draws.append((random.random(), float(np.random.rand())))
@@ -128,7 +128,7 @@ def test_every_pass_sees_the_same_dropout_mask(name: str) -> None:
     model, optimizer = wrapped(name, dropout=0.5)
     masks = []
     model[3].register_forward_hook(lambda _, args, out: masks.append((out == 0) & (args[0] != 0)))
-    optimizer.step(Closure(model, batches(1)[0]))
+    optimizer.step(Closure(model, batches(1)[0], graph=needs_graph(name)))
     assert len(masks) == optimizer.method.passes
     assert all(torch.equal(masks[0], mask) for mask in masks[1:])
     assert masks[0].any()
@@ -146,10 +146,11 @@ def test_exchange_and_copy_give_the_same_bits(name: str, monkeypatch: pytest.Mon
         seen = []
         inner = model[0].register_forward_hook(lambda module, *_: seen.append(module.weight.data_ptr()))  # noqa: B023
         for batch in batches(8):
-            optimizer.step(Closure(model, batch))
+            optimizer.step(Closure(model, batch, graph=needs_graph(name)))
         inner.remove()
         assert addresses == [p.data_ptr() for p in model.parameters()]
-        assert (len(set(seen)) > 1) == fast  # the two paths were really taken
+        if optimizer.method.passes > 1:
+            assert (len(set(seen)) > 1) == fast  # the two paths were really taken
         results.append(snapshot(model, optimizer))
     assert same(*results)
 
@@ -169,6 +170,6 @@ def test_nothing_is_held_between_steps(name: str) -> None:
     optimizer = SharpnessAwareOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), registry[name](), model)
     optimizer.zero_grad()
     before = held(optimizer, model)
-    optimizer.step(Closure(model, batch))
+    optimizer.step(Closure(model, batch, graph=needs_graph(name)))
     optimizer.zero_grad()
     assert held(optimizer, model) - before < 10_000  # a copy of the parameters would be 365 kB

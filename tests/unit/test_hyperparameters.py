@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,9 +55,13 @@ def test_windows_follow_the_trainers_time() -> None:
     from composer.core import Time, Timestamp
 
     def perturbed(method: SAM) -> list[int]:
+        length = Time.from_timestring('4ep')
         moments = [
             Moment(
-                batch, Timestamp(batch=batch, epoch=batch // 5, batch_in_epoch=batch % 5), Time.from_timestring('4ep')
+                batch,
+                SimpleNamespace(
+                    timestamp=Timestamp(batch=batch, epoch=batch // 5, batch_in_epoch=batch % 5), max_duration=length
+                ),
             )
             for batch in range(20)
         ]

@@ -1,0 +1,100 @@
+"""Gradient-norm aware minimisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from composer_sam.algorithm import SharpnessAware, hyperparameter
+from composer_sam.step import Direction, Pass, Passes, Step
+from composer_sam.vectors import Number, Vector, add, axpy, each, reject, scale, subtract
+
+__all__ = ['GAM']
+
+
+@dataclass(eq=False)
+class GAM(SharpnessAware):
+    r"""Gradient-norm aware minimisation: seeks minima whose gradient stays small all around (first-order flatness).
+
+    Four gradients at absolute offsets from w, :math:`g_0` at w and
+
+    .. math::
+
+        e_0 &= \rho \, g_0 / (\lVert g_0 \rVert + \epsilon), & g_1 &\text{ at } w + e_0 \\
+        e_1 &= \rho_n \, h / (\lVert h \rVert + \epsilon), \quad h = g_1 - g_0, & g_2 &\text{ at } w + e_1 \\
+        e_2 &= \rho \, g_2 / (\lVert g_2 \rVert + \epsilon), & g_3 &\text{ at } w + e_1 + e_2
+
+    are decomposed: with :math:`p = g_0 + |\beta_2| g_2` and :math:`q = \beta_1 g_1 + \beta_3 g_3`
+
+    .. math::
+
+        d = q - \gamma \left( p - \cos(p, q) \lVert p \rVert \frac{q}{\lVert q \rVert + \epsilon} \right), \qquad
+        w \leftarrow \text{base}(w, d)
+
+    so that the part of p that q does not explain is descended no further.
+
+    Args:
+        grad_rho: :math:`\rho`, the radius of the gradient ascent steps, > 0. Per group if set there.
+        grad_norm_rho: :math:`\rho_n`, the radius of the step up the gradient norm, > 0. Per group if set there.
+        grad_beta_1: :math:`\beta_1`, weight of :math:`g_1`. With the published settings' two numbers ``beta_0`` and
+            ``beta_1``: this is ``beta_1``, ``grad_beta_2 = 1 - beta_0`` and ``grad_beta_3 = 1 - beta_1``.
+        grad_beta_2: :math:`\beta_2`, weight of :math:`g_2`.
+        grad_beta_3: :math:`\beta_3`, weight of :math:`g_3`.
+        grad_gamma: :math:`\gamma`, strength of the decomposition, >= 0.
+        epsilon: added to every norm divided by, >= 0.
+        adaptive: every radius in the scale of the weights at the point it starts from: w, :math:`w + e_0`,
+            :math:`w + e_1`.
+
+    All four passes are unsynchronised over ranks, and the direction is averaged once; ``sync_first_pass=True``
+    synchronises all four instead.
+
+    Passes and memory:
+        4 passes per perturbing step, four copies of the parameters at the peak, nothing between steps.
+
+    Departures:
+        The authors' code keeps optimizer state of its own, so that checkpoints lose the base optimizer's momentum;
+        here it is the base optimizer's. Offsets are absolute, and the weights are restored bit for bit.
+
+    Raises:
+        ValueError: a hyper-parameter out of its range.
+
+    Example:
+        >>> from composer_sam import GAM
+        >>> algorithm = GAM(grad_rho=0.02, grad_norm_rho=0.2)   # Trainer(algorithms=[algorithm])
+
+    Reference:
+        Zhang, Xu, Yu, Zou, Cui: Gradient Norm Aware Minimization Seeks First-Order Flatness and Improves
+        Generalization, CVPR 2023, https://arxiv.org/abs/2303.03108
+    """
+
+    grad_rho: Number = hyperparameter(0.02, gt=0)
+    grad_norm_rho: Number = hyperparameter(0.2, gt=0)
+    grad_beta_1: Number = hyperparameter(0.5)
+    grad_beta_2: Number = hyperparameter(0.5)
+    grad_beta_3: Number = hyperparameter(0.5)
+    grad_gamma: Number = hyperparameter(0.03, ge=0)
+    epsilon: float = hyperparameter(1e-12, ge=0, per_group=False)
+    adaptive: bool = False
+
+    paper: ClassVar[str] = 'Zhang et al., CVPR 2023, https://arxiv.org/abs/2303.03108'
+    extra_copies: ClassVar[int] = 4
+
+    def direction(self, step: Step) -> Passes:
+        sync = self.sync_first_pass
+
+        def offset(x: Vector, rho: Number, start: Vector | None = None) -> Vector:
+            return step.offset(x, rho, self.epsilon, step.weights(start) if self.adaptive else None)
+
+        g0 = yield Pass(sync=sync)
+        e0 = offset(g0, self.grad_rho)
+        g1 = yield Pass(at=e0, sync=sync)
+        e1 = offset(subtract(g1, g0).donate(), self.grad_norm_rho, start=e0)
+        del e0
+        g2 = yield Pass(at=e1, sync=sync)
+        p = axpy(each(abs, self.grad_beta_2), g2, g0.donate())
+        e2 = offset(g2.donate(), self.grad_rho, start=e1)
+        g3 = yield Pass(at=add(e1.donate(), e2).donate(), sync=sync)
+        q = axpy(self.grad_beta_3, g3, scale(g1.donate(), self.grad_beta_1))
+        orthogonal = reject(p.donate(), q, self.epsilon)
+        direction = subtract(q, scale(orthogonal, self.grad_gamma))
+        return Direction(direction if sync else step.mean(direction))

@@ -1,0 +1,70 @@
+"""SAM's direction at SGD's magnitude: one half of what SAM changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from composer_sam.algorithm import SharpnessAware, choice, hyperparameter
+from composer_sam.step import Direction, Pass, Passes, Step
+from composer_sam.vectors import Number, rescale
+
+__all__ = ['SAMDirection']
+
+
+@dataclass(eq=False)
+class SAMDirection(SharpnessAware):
+    r"""SAM's direction at SGD's magnitude: which half of SAM does the work?
+
+    With g the gradient at w, :math:`\tilde g` the gradient at :math:`w + \rho g / (\lVert g \rVert + \epsilon)`, both
+    averaged over ranks for the direction,
+
+    .. math::
+
+        d = \tilde g \, \frac{\lVert g \rVert}{\lVert \tilde g \rVert}, \qquad
+        w \leftarrow \text{base}(w, d)
+
+    for ``granularity='global'``; for every parameter's tensor by itself for ``'tensor'``; and
+    :math:`d = \operatorname{sign}(\tilde g) |g|` for ``'elementwise'``. Where a norm divided by is zero, d is zero.
+
+    The study (Luong, 2024) defines the direction of a gradient as g / ||g|| and its magnitude as ||g||, and this class
+    keeps its words. The program that produced its tables works elementwise and has the two names the other way round:
+    its ``SAMMAGNITUDE`` is ``SAMDirection(granularity='elementwise')``.
+
+    Args:
+        rho: radius of the perturbation, :math:`\rho > 0`, in the units of the weights' norm. Per group if set there.
+        granularity: over what a magnitude is taken: ``'global'``, ``'tensor'`` or ``'elementwise'``.
+        adaptive: measure the radius in the scale of the weights, :math:`e = \rho w^2 g / (\lVert w g \rVert +
+            \epsilon)`.
+        epsilon: added to the norm, :math:`\epsilon \ge 0`. Per group if set there.
+
+    Passes and memory:
+        2 passes per perturbing step, two copies of the parameters at the peak, nothing between steps. Over ranks one
+        collective for the first gradient, besides the second backward's own.
+
+    Raises:
+        ValueError: a hyper-parameter out of its range.
+
+    Example:
+        >>> from composer_sam import SAMDirection
+        >>> algorithm = SAMDirection(rho=0.1, granularity='tensor')   # Trainer(algorithms=[algorithm])
+
+    Reference:
+        Luong: an empirical study of the direction and the magnitude of SAM's gradient, 2024, on
+        Foret et al., ICLR 2021, https://arxiv.org/abs/2010.01412
+    """
+
+    rho: Number = hyperparameter(0.05, gt=0)
+    granularity: str = choice('global', 'tensor', 'elementwise')
+    adaptive: bool = False
+    epsilon: Number = hyperparameter(1e-12, ge=0)
+
+    paper: ClassVar[str] = 'Luong, 2024, after Foret et al., https://arxiv.org/abs/2010.01412'
+    extra_copies: ClassVar[int] = 2
+
+    def direction(self, step: Step) -> Passes:
+        grad = yield Pass(sync=self.sync_first_pass)
+        offset = step.offset(grad, self.rho, self.epsilon, step.weights() if self.adaptive else None)
+        mean_grad = grad if self.sync_first_pass else step.mean(grad.donate())
+        ascent_grad = yield Pass(at=offset.donate())
+        return Direction(rescale(ascent_grad, mean_grad, self.granularity))

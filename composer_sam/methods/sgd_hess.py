@@ -1,0 +1,81 @@
+"""SGD weighted by curvature: the study's control without a perturbation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from composer_sam.algorithm import SharpnessAware, hyperparameter
+from composer_sam.step import Direction, Pass, Passes, Step
+from composer_sam.vectors import Number, absolute, add, multiply, rademacher, scale, spatial_mean
+
+__all__ = ['SGDHess']
+
+
+@dataclass(eq=False)
+class SGDHess(SharpnessAware):
+    r"""The gradient, larger where the loss curves: SAM's first-order effect on the magnitude, without a perturbation.
+
+    .. math::
+
+        h = |H v|, \qquad d = g + \rho \, h \odot g, \qquad w \leftarrow \text{base}(w, d)
+
+    with H the Hessian of the batch's loss and v one vector of random signs per step (Hutchinson), the same on every
+    rank; h is averaged over the spatial elements of convolution kernels and over ranks before the absolute value.
+
+    Args:
+        rho: strength, :math:`\rho > 0`; 0.05 to 2 in the study. Per group if set there.
+        interval_hessian: compute h every so many steps and keep it in between, >= 1.
+
+    Passes and memory:
+        1 passes per perturbing step, whose backward keeps its graph to be differentiated again: about the time of two
+        more passes and the memory of the graph. At the peak four copies of the parameters besides the graph. Between
+        steps nothing, or h (one copy, in checkpoints too) where ``interval_hessian`` > 1.
+
+    The backward must be differentiable: under a Trainer it is (``backwards_create_graph``), in a loop of your own call
+    ``loss.backward(create_graph=True)``. v comes from a random stream of its own, seeded by the step's number.
+
+    Raises:
+        ValueError: a hyper-parameter out of its range; a gradient without graph, a model that cannot be differentiated
+            twice, or parameters sharded by FSDP, at the first step, with the weights as they were.
+
+    Example:
+        >>> from composer_sam import SGDHess
+        >>> algorithm = SGDHess(rho=0.05)   # Trainer(algorithms=[algorithm])
+
+    Reference:
+        Luong: an empirical study of the direction and the magnitude of SAM's gradient, 2024; the estimator of h is
+        Yao et al., AdaHessian, AAAI 2021, https://arxiv.org/abs/2006.00719
+    """
+
+    rho: Number = hyperparameter(0.05, gt=0)
+    interval_hessian: int = 1
+
+    paper: ClassVar[str] = 'Luong, 2024, after Yao et al., https://arxiv.org/abs/2006.00719'
+    extra_copies: ClassVar[int] = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.interval_hessian, bool) or not isinstance(self.interval_hessian, int):
+            raise ValueError(f'interval_hessian must be an integer >= 1, got {self.interval_hessian!r}')
+        if self.interval_hessian < 1:
+            raise ValueError(f'interval_hessian must be an integer >= 1, got {self.interval_hessian!r}')
+        if self.sync_first_pass:
+            raise ValueError('sync_first_pass=True means nothing to SGDHess: it averages g and Hv over ranks itself')
+
+    @property
+    def backwards_create_graph(self) -> bool:
+        return True
+
+    def direction(self, step: Step) -> Passes:
+        if 'curvature' in step.memory and step.number % self.interval_hessian:
+            grad = yield Pass()
+            curvature = step.memory['curvature']
+        else:
+            grad = yield Pass(sync=False, graph=True)
+            grad, product = step.hessian_product(grad, rademacher(step.layout, seed=step.number))
+            grad, product = step.mean(grad), step.mean(product)
+            curvature = spatial_mean(absolute(step.selected(product)))
+        if self.interval_hessian > 1:
+            step.staged['curvature'] = curvature
+        return Direction(add(scale(multiply(curvature, grad), self.rho), grad))

@@ -1,0 +1,86 @@
+"""Weighted sharpness-aware minimisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from composer_sam.algorithm import SharpnessAware, hyperparameter
+from composer_sam.step import Direction, Pass, Passes, Step
+from composer_sam.vectors import Number, axpy, clip, each, scale, subtract
+
+__all__ = ['WSAM']
+
+
+@dataclass(eq=False)
+class WSAM(SharpnessAware):
+    r"""Weighted SAM: sharpness as a regulariser with a weight of its own, decoupled from the base optimizer if wished.
+
+    .. math::
+
+        e = \rho \, \frac{g}{\lVert g \rVert + \epsilon}, \qquad
+        \tilde g = \nabla L(w + e), \qquad
+        \alpha = \frac{\gamma}{1 - \gamma}
+
+    With G and :math:`\tilde G` the averages of g and :math:`\tilde g` over ranks, clipped to ``max_norm`` if given:
+
+    .. math::
+
+        \text{decoupled: } \quad w \leftarrow \text{base}(w, G) - \text{lr} \, \alpha \, (\tilde G - G), \qquad
+        \text{coupled: } \quad w \leftarrow \text{base}(w, (1 - \alpha) G + \alpha \tilde G)
+
+    e is made of the unclipped gradient. ``gamma=0.5`` coupled is SAM, ``gamma=0`` the base optimizer at twice the cost.
+
+    Args:
+        rho: radius of the perturbation, :math:`\rho > 0`, in the units of the weights' norm. Per group if set there.
+        gamma: weight of the sharpness, :math:`0 \le \gamma < 1`. Per group if set there.
+        epsilon: added to the norm, :math:`\epsilon \ge 0`. Per group if set there.
+        adaptive: measure the radius in the scale of the weights, :math:`e = \rho w^2 g / (\lVert w g \rVert +
+            \epsilon)`.
+        decouple: apply the sharpness term beside the base optimizer, with no momentum and no preconditioner.
+        max_norm: clip both averaged gradients to this norm, > 0, as ``torch.nn.utils.clip_grad_norm_`` does.
+
+    Passes and memory:
+        2 passes per perturbing step, two copies of the parameters at the peak, nothing between steps. Over ranks one
+        collective for the first gradient, besides the second backward's own.
+
+    Departures:
+        The authors' code keeps the gradient of an earlier ``backward`` and adds to it, which doubles the first
+        gradient; here each pass stands alone. The weights are restored bit for bit.
+
+    Raises:
+        ValueError: a hyper-parameter out of its range.
+
+    Example:
+        >>> from composer_sam import WSAM
+        >>> algorithm = WSAM(rho=0.05, gamma=0.9)   # Trainer(algorithms=[algorithm])
+
+    Reference:
+        Yue, Jiang, Ye, Gao, Liu, Zhang: Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization
+        Term, KDD 2023, https://arxiv.org/abs/2305.15817
+    """
+
+    rho: Number = hyperparameter(0.05, gt=0)
+    gamma: Number = hyperparameter(0.9, ge=0, lt=1)
+    epsilon: Number = hyperparameter(1e-12, ge=0)
+    adaptive: bool = False
+    decouple: bool = True
+    max_norm: float | None = hyperparameter(None, gt=0, per_group=False)
+
+    paper: ClassVar[str] = 'Yue et al., KDD 2023, https://arxiv.org/abs/2305.15817'
+    extra_copies: ClassVar[int] = 2
+
+    def direction(self, step: Step) -> Passes:
+        grad = yield Pass(sync=self.sync_first_pass)
+        offset = step.offset(grad, self.rho, self.epsilon, step.weights() if self.adaptive else None)
+        mean_grad = grad if self.sync_first_pass else step.mean(grad.donate())
+        ascent_grad = yield Pass(at=offset.donate())
+        if self.max_norm is not None:
+            mean_grad = clip(mean_grad.donate(), self.max_norm)
+            ascent_grad = clip(ascent_grad.donate(), self.max_norm)
+        alpha = each(lambda gamma: gamma / (1 - gamma), self.gamma)
+        if self.decouple:
+            sharpness = subtract(ascent_grad.donate(), mean_grad)
+            return Direction(mean_grad, decoupled=scale(sharpness, alpha))
+        plain = scale(mean_grad.donate(), each(lambda a: 1 - a, alpha))
+        return Direction(axpy(alpha, ascent_grad, plain))
