@@ -256,7 +256,6 @@ class SharpnessAwareOptimizer(Optimizer):
 
     def run(self, closure: Any = None, controls: tuple[Control, ...] = ()) -> Generator[Pass, None, None]:
         """The passes of one step; the step is taken when they are exhausted and undone when they are closed before."""
-        self._two_calls.check_none_pending()
         if self._step is not None:
             raise ValueError('a step is already under way: its loop over passes() was neither finished nor left')
         moment = self._moment()

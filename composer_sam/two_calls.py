@@ -43,6 +43,7 @@ class TwoCalls:
 
     def stop_watching(self) -> None:
         """For optimizers stepped by a closure or a loop, which need no watch."""
+        self.check_none_pending()
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
