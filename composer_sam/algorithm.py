@@ -16,6 +16,7 @@ from composer.loggers import Logger
 from composer.optim import ComposerScheduler
 
 from composer_sam.controls import TrainerControl
+from composer_sam.grad_scaler import GradScaler
 from composer_sam.selection import Selection, check_selection
 from composer_sam.step import Passes, Step, count_passes
 from composer_sam.vectors import PerParameter, each
@@ -195,18 +196,17 @@ class SharpnessAware(Algorithm):
 
     def match(self, event: Event, state: State) -> bool:
         del state
-        return event == Event.FIT_START
+        # The scaler must be there before a checkpoint's scale is loaded; the optimizer is swapped after it.
+        return event in (Event.BEFORE_LOAD, Event.FIT_START)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Swap the trainer's optimizer for the wrapper around it, once, also over several fits."""
-        del event, logger
+        del logger
         from composer_sam.optimizer import SharpnessAwareOptimizer
 
-        if state.precision == Precision.AMP_FP16:
-            raise ValueError(
-                f"precision='amp_fp16' is not supported by {type(self).__name__}: every pass needs its own gradient "
-                "scaling. Use precision='amp_bf16' or 'fp32'"
-            )
+        self._install_scaler(state)
+        if event == Event.BEFORE_LOAD:
+            return
         if not state.optimizers:
             raise ValueError(f'{type(self).__name__} needs an optimizer: give the Trainer optimizers=...')
         self._check_window(state.max_duration)
@@ -215,6 +215,20 @@ class SharpnessAware(Algorithm):
             optimizer.model = state.model
             return
         state.optimizers = SharpnessAwareOptimizer(optimizer, self, state.model, trainer=TrainerLink(state))
+
+    def _install_scaler(self, state: State) -> None:
+        """At amp_fp16 put a scaler in place that knows of passes; ``fit(precision=...)`` replaces it every time."""
+        if state.precision != Precision.AMP_FP16 or isinstance(state.scaler, GradScaler):
+            return
+        if self.backwards_create_graph:
+            raise ValueError(
+                f"precision='amp_fp16' is not supported by {type(self).__name__}: second derivatives of a scaled loss "
+                "overflow unnoticed. Use precision='amp_bf16' or 'fp32'"
+            )
+        scaler = GradScaler(state.device.name if state.device.name == 'cpu' else 'cuda')
+        if state.scaler is not None and state.scaler.is_enabled():
+            scaler.load_state_dict(state.scaler.state_dict())
+        state.scaler = scaler
 
 
 class TrainerLink:

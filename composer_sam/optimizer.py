@@ -77,6 +77,8 @@ class SharpnessAwareOptimizer(Optimizer):
 
     # fused optimizers unscale inside their step, which a step of several passes cannot leave to them
     _step_supports_amp_scaling = False
+    # asked by Composer before it hands over a closure at amp_fp16
+    _step_supports_amp_closure = True
 
     def __new__(cls, base_optimizer: Optimizer, *args: Any, **kwargs: Any) -> SharpnessAwareOptimizer:
         del args, kwargs
@@ -103,6 +105,11 @@ class SharpnessAwareOptimizer(Optimizer):
         self._two_calls = TwoCalls(self)
         if trainer is None:
             method.check_without_trainer()
+        if grad_scaler is not None and grad_scaler.is_enabled() and method.backwards_create_graph:
+            raise ValueError(
+                f'{type(method).__name__} takes no grad_scaler: second derivatives of a scaled loss overflow '
+                'unnoticed. Use bfloat16 or float32'
+            )
         self._resolved(self._moment())  # a group's hyper-parameter out of range is reported now
 
     # Shared with the base optimizer.

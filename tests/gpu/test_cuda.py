@@ -78,7 +78,7 @@ def test_every_pass_sees_the_same_dropout_mask_and_the_stream_goes_on_as_after_o
     assert same(*ends)
 
 
-@pytest.mark.parametrize('name', METHODS)
+@pytest.mark.parametrize('name', [name for name in METHODS if not needs_graph(name)])
 def test_fp16_with_a_grad_scaler_follows_fp32_and_skips_an_overflow(name: str) -> None:
     ends = []
     for half in (False, True):
@@ -93,7 +93,7 @@ def test_fp16_with_a_grad_scaler_follows_fp32_and_skips_an_overflow(name: str) -
             optimizer.zero_grad()
             with torch.autocast('cuda', torch.float16, enabled=half):
                 loss = factor * nn.functional.cross_entropy(model(batch[0]), batch[1])
-            scaler.scale(loss).backward(create_graph=needs_graph(name))
+            scaler.scale(loss).backward()
             return loss
 
         for batch in on_gpu(12):

@@ -412,16 +412,6 @@ def test_amp_bf16_trains(name: str) -> None:
     assert recorder.passes == [registry[name]().passes] * len(recorder.passes)
 
 
-@every_method
-def test_amp_fp16_is_refused(name: str) -> None:
-    trainer = build(registry[name]())
-    base = trainer.state.optimizers[0]
-    trainer.state.precision = Precision.AMP_FP16  # which the Trainer accepts on a GPU only
-    with pytest.raises(ValueError, match='amp_fp16'):
-        trainer.fit()
-    assert trainer.state.optimizers[0] is base
-
-
 @pytest.mark.parametrize(
     ('settings', 'message'),
     [
