@@ -23,6 +23,7 @@ from composer.utils import dist, format_name_with_dist, get_device, parse_uri, r
 from composer.utils.parallelism import FSDP2Config, FSDPConfig, ParallelismConfig
 from omegaconf import OmegaConf
 
+from composer_sam.algorithm import SharpnessAware
 from composer_sam.methods import registry
 from composer_sam.recipes.components import check_arguments, check_time, classes, construct, find
 from composer_sam.recipes.data import build_data
@@ -162,17 +163,50 @@ def _components(recipe: Recipe) -> dict[str, Any]:
             if other := named.get(component.__name__):
                 raise RecipeError(f'{key}: names the same component as {section}.{other}; keep one of them')
             named[component.__name__] = name
-            built[section].append(construct(key, component, **check_arguments(key, component, arguments)))
+            built[section].append(_component(key, component, arguments))
     built['scheduler'] = None
     if recipe.scheduler:
-        schedulers = classes(composer.optim, of=ComposerScheduler, suffix='Scheduler')
-        scheduler, arguments = _named('scheduler', recipe.scheduler, schedulers)
+        scheduler, arguments = _named('scheduler', recipe.scheduler, _schedulers())
         built['scheduler'] = construct(
             'scheduler',
             scheduler,
             **check_arguments('scheduler', scheduler, arguments),
         )
     return built
+
+
+def _component(key: str, component: type, arguments: dict[str, Any]) -> Any:
+    built = {}
+    if issubclass(component, SharpnessAware) and 'schedules' in arguments:
+        built['schedules'] = _schedules(f'{key}.schedules', component, arguments['schedules'])
+    given = {name: value for name, value in arguments.items() if name not in built}
+    return construct(key, component, **check_arguments(key, component, given), **built)
+
+
+def _schedules(key: str, method: type[SharpnessAware], schedules: Any) -> dict[str, Any]:
+    """Constructs what a method's hyper-parameters follow: ``{rho: {cosine_annealing: {t_max: 1dur}}}``."""
+    example = 'such as {rho: {cosine_annealing: {t_max: 1dur}}}'
+    if not isinstance(schedules, dict):
+        raise RecipeError(f'{key}: must be a scheduler for each hyper-parameter, {example}, got {schedules!r}')
+    known = [field.name for field in dataclasses.fields(method) if 'range' in field.metadata]
+    built = {}
+    for hyperparameter, section in schedules.items():
+        inner = f'{key}.{hyperparameter}'
+        if hyperparameter not in known:
+            raise unknown('hyper-parameter', inner, section, str(hyperparameter), known)
+        if not isinstance(section, dict) or len(section) != 1:
+            raise RecipeError(f'{inner}: must be one scheduler by name, {example}, got {section!r}')
+        ((name, arguments),) = section.items()
+        inner = f'{inner}.{name}'
+        scheduler = find(inner, name, _schedulers())
+        if not isinstance(arguments, dict):
+            raise RecipeError(f'{inner}: must be a mapping of its arguments, {{}} for none, got {arguments!r}')
+        built[hyperparameter] = construct(inner, scheduler, **check_arguments(inner, scheduler, arguments))
+    return built
+
+
+def _schedulers() -> dict[str, type]:
+    return classes(composer.optim, of=ComposerScheduler, suffix='Scheduler')
 
 
 def _optimizer(recipe: Recipe, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -172,7 +172,8 @@ class Recipe(_Section):
         model: Which network.
         optimizer: Name and arguments of a class of ``torch.optim`` or ``composer.optim``.
         scheduler: Name and arguments of a scheduler of ``composer.optim``.
-        algorithms: Arguments by name of methods of this package and of ``composer.algorithms``.
+        algorithms: Arguments by name of methods of this package and of ``composer.algorithms``. The ``schedules`` of
+            a method are given by name: ``{rho: {cosine_annealing: {t_max: 1dur}}}``.
         callbacks: Arguments by name of ``composer.callbacks``.
         loggers: Arguments by name of ``composer.loggers``.
         save_folder: Local directory for checkpoints and the resolved recipe.

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from composer import Trainer
+import yaml
+from composer import Callback, Trainer
+from composer.core import State
+from composer.loggers import Logger
 from PIL import Image
 
-from composer_sam.recipes import History, RecipeError, build_trainer, is_finished, load_recipe
+from composer_sam.algorithm import SharpnessAware
+from composer_sam.methods import registry
+from composer_sam.recipes import History, RecipeError, build_trainer, check_recipe, is_finished, load_recipe
 
 YAMLS = Path(__file__).parents[2] / 'yamls'
+OVERLAYS = {path.stem.replace('_', ''): path for path in (YAMLS / 'methods').glob('*.yaml')}
+BASES = sorted(YAMLS.rglob('*sgd.yaml'))
+ON_CPU = ['device=cpu', 'precision=fp32']
 QUICK = ['max_duration=2ep', 'trainer.progress_bar=false']
 
 
@@ -175,3 +187,154 @@ def test_other_options_of_the_trainer_reach_it() -> None:
     trainer.close()
     assert trainer.state.device_train_microbatch_size == 16
     assert (history.steps, history.test['epoch']) == (6, [])
+
+
+def overlay(method: str) -> Path:
+    return OVERLAYS[method.lower()]
+
+
+class Offsets(Callback):
+    """The length of the offset in every pass of every step, and the parameters that are moved."""
+
+    def __init__(self) -> None:
+        self.lengths: list[list[float]] = []
+        self.moved: set[str] = set()
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        del logger
+        self.lengths.append([])
+        self.weights = {name: value.detach().clone() for name, value in state.model.named_parameters()}
+
+    def before_forward(self, state: State, logger: Logger) -> None:
+        del logger
+        offsets = {n: (p - self.weights[n]).detach().double() for n, p in state.model.named_parameters()}
+        self.lengths[-1].append(math.sqrt(sum(float(offset.square().sum()) for offset in offsets.values())))
+        self.moved |= {name for name, offset in offsets.items() if offset.any()}
+
+
+def offsets_of(*overrides: str, method: str = 'SAM') -> Offsets:
+    """A run of four steps on digits."""
+    found = Offsets()
+    quick = ['max_duration=4ba', 'eval_interval=0', 'trainer.progress_bar=false']
+    trainer = build_trainer(
+        load_recipe(YAMLS / 'digits' / 'sgd.yaml', [overlay(method)], [*quick, *overrides]), [found]
+    )
+    trainer.fit()
+    trainer.close()
+    return found
+
+
+@pytest.mark.parametrize('method', registry)
+@pytest.mark.parametrize('base', BASES, ids=lambda path: path.parent.name)
+def test_every_overlay_fits_every_base(base: Path, method: str) -> None:
+    recipe = load_recipe(base, [overlay(method)], ON_CPU)
+    check_recipe(recipe)
+    assert recipe.name == method
+    assert [name for name in recipe.algorithms if name.replace('_', '') == method.lower()] == [overlay(method).stem]
+
+
+def test_every_overlay_belongs_to_a_method() -> None:
+    assert set(OVERLAYS) == {name.lower() for name in registry}
+    assert len(BASES) == 4
+
+
+@pytest.mark.parametrize('method', registry)
+def test_an_overlay_has_every_hyperparameter_at_its_default(method: str) -> None:
+    (given,) = yaml.safe_load(overlay(method).read_text())['algorithms'].values()
+    shared = {field.name for field in dataclasses.fields(SharpnessAware)}
+    own = {field.name: field.default for field in dataclasses.fields(registry[method]) if field.name not in shared}
+    assert given == own
+
+
+@pytest.mark.parametrize('method', registry)
+def test_the_examples_in_an_overlay_are_valid(method: str, tmp_path: Path) -> None:
+    shared = [field.name for field in dataclasses.fields(SharpnessAware)]
+    text, used = re.subn(
+        rf'^    # ({"|".join(shared)}): ', r'    \1: ', overlay(method).read_text(), flags=re.MULTILINE
+    )
+    assert used == len(shared) - (method == 'SGDHess')  # which refuses sync_first_pass
+    examples = tmp_path / 'examples.yaml'
+    examples.write_text(text)
+    load_recipe(YAMLS / 'digits' / 'sgd.yaml', [examples])
+
+
+@pytest.mark.parametrize('method', registry)
+def test_every_method_trains_on_digits(method: str) -> None:
+    history = History()
+    quick = ['max_duration=3ba', 'eval_interval=0', 'trainer.progress_bar=false']
+    trainer = build_trainer(load_recipe(YAMLS / 'digits' / 'sgd.yaml', [overlay(method)], quick), [history])
+    before = weights(trainer)
+    trainer.fit()
+    trainer.close()
+    assert history.steps == 3
+    after = weights(trainer)
+    assert torch.isfinite(after).all() and not torch.equal(before, after)
+
+
+@pytest.mark.parametrize(('method', 'key'), [('SAM', 'rho'), ('GAM', 'grad_rho')])
+def test_a_schedule_of_a_recipe_is_followed(method: str, key: str) -> None:
+    name = overlay(method).stem
+    found = offsets_of(f'algorithms.{name}.schedules={{{key}: {{cosine_annealing: {{t_max: 1dur}}}}}}', method=method)
+    rho = getattr(registry[method](), key)
+    expected = [rho * (1 + math.cos(math.pi * batch / 4)) / 2 for batch in range(4)]
+    assert [lengths[1] for lengths in found.lengths] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ('parameters', 'model', 'expected'),
+    [
+        ('normalization', 'cnn', {'module.1.weight', 'module.1.bias', 'module.5.weight', 'module.5.bias'}),
+        (r'3\.weight$', 'mlp', {'module.3.weight'}),
+    ],
+)
+def test_a_recipe_chooses_what_is_perturbed(parameters: str, model: str, expected: set[str]) -> None:
+    section = {'cnn': 'model={name: cnn, hidden: null}', 'mlp': 'model.name=mlp'}[model]
+    found = offsets_of(section, f'algorithms.sam.parameters={parameters}')
+    assert found.moved == expected
+    assert [lengths[1] for lengths in found.lengths] == pytest.approx([0.05] * 4, rel=1e-4)
+
+
+def published(data: str, net: str) -> dict[str, Any]:
+    recipe = load_recipe(YAMLS / data / f'gam_{net}.yaml')
+    assert recipe.data.name == data and recipe.model.name == 'cifar_resnet18'
+    return recipe.algorithms['gam']
+
+
+@pytest.mark.parametrize(
+    ('data', 'net', 'grad_norm_rho', 'grad_rho', 'beta_0', 'beta_1', 'gamma'),
+    [
+        ('cifar100', 'resnet', 0.2, 0.02, 0.5, 0.6, 0.03),
+        ('cifar100', 'pyramidnet', 0.2, 0.04, 0.3, 0.5, 0.05),
+        ('cifar10', 'resnet', 0.2, 0.03, 0.1, 0.1, 0.05),
+        ('cifar10', 'pyramidnet', 0.2, 0.03, 0.1, 0.1, 0.03),
+    ],
+)
+def test_the_published_settings_of_gam(
+    data: str, net: str, grad_norm_rho: float, grad_rho: float, beta_0: float, beta_1: float, gamma: float
+) -> None:
+    assert published(data, net) == {
+        'grad_rho': grad_rho,
+        'grad_norm_rho': grad_norm_rho,
+        'grad_beta_1': beta_1,
+        'grad_beta_2': pytest.approx(1 - beta_0),
+        'grad_beta_3': pytest.approx(1 - beta_1),
+        'grad_gamma': gamma,
+    }
+
+
+@pytest.mark.parametrize(
+    ('recipe', 'method', 'granularity'),
+    [
+        ('sam_direction', 'sam_direction', 'global'),
+        ('sam_magnitude', 'sam_magnitude', 'global'),
+        ('program_samdirection', 'sam_magnitude', 'elementwise'),
+        ('program_sammagnitude', 'sam_direction', 'elementwise'),
+    ],
+)
+def test_both_readings_of_the_study(recipe: str, method: str, granularity: str) -> None:
+    found = load_recipe(YAMLS / 'study' / f'{recipe}.yaml')
+    assert found.algorithms == {method: {'rho': 0.2, 'granularity': granularity}}
+    settings = (found.data.name, found.data.batch_size, found.optimizer['lr'], found.optimizer['momentum'])
+    assert settings == ('cifar100', 256, 0.1, 0.9)
+    assert (found.max_duration, found.scheduler['name']) == ('200ep', 'cosine_annealing')

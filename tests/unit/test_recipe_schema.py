@@ -8,13 +8,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from composer_sam.methods import SAM
+from composer_sam.methods import SAM, registry
 from composer_sam.recipes import Recipe, RecipeError, is_override, load_recipe
 from composer_sam.recipes.build import _components, _optimizer
 
 YAMLS = Path(__file__).parents[2] / 'yamls'
 DIGITS = YAMLS / 'digits' / 'sgd.yaml'
 ON_CPU = ['device=cpu', 'precision=fp32']
+OVERLAYS = sorted((YAMLS / 'methods').glob('*.yaml'))  # no recipes of their own: tests/integration/test_recipes.py
+RECIPES = sorted(set(YAMLS.rglob('*.yaml')) - set(OVERLAYS))
 
 
 def write(path: Path, text: str) -> Path:
@@ -22,13 +24,14 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize('path', sorted(YAMLS.rglob('*.yaml')), ids=lambda path: f'{path.parent.name}/{path.stem}')
+@pytest.mark.parametrize('path', RECIPES, ids=lambda path: f'{path.parent.name}/{path.stem}')
 def test_every_shipped_recipe_is_valid(path: Path) -> None:
     recipe = load_recipe(path, overrides=ON_CPU)
-    expected = [SAM] if 'sam' in path.stem else []
-    assert [
-        type(algorithm) for algorithm in _components(recipe)['algorithms'] if isinstance(algorithm, SAM)
-    ] == expected
+    methods = [
+        type(algorithm) for algorithm in _components(recipe)['algorithms'] if type(algorithm).__name__ in registry
+    ]
+    assert len(methods) == (0 if path.stem.split('_')[-1] == 'sgd' or path.stem == 'sgd' else 1)
+    assert (SAM in methods) == (path.stem in ('sam', 'resnet18_sam', 'resnet50_sam_interval10'))
 
 
 @pytest.mark.parametrize('path', sorted(YAMLS.rglob('*.yaml')), ids=lambda path: f'{path.parent.name}/{path.stem}')
@@ -40,7 +43,8 @@ def test_every_key_of_a_shipped_recipe_is_commented(path: Path) -> None:
         if line.split('#')[0].strip() and '#' not in line and not before.startswith('#')
     ]
     # A section's or component's own name explains itself, as do the standard arguments of an optimizer.
-    allowed = ('data:', 'model:', 'optimizer:', 'scheduler:', 'algorithms:', 'sam:', 'speed_monitor:')
+    methods = [f'{name}:' for name in ('sam', 'asam', 'wsam', 'gam', 'sam_direction', 'sam_magnitude', 'sgd_hess')]
+    allowed = ('data:', 'model:', 'optimizer:', 'scheduler:', 'algorithms:', 'speed_monitor:', *methods)
     standard = ('lr:', 'momentum:', 'weight_decay:', 'name:')
     assert [line for line in silent if not line.strip().startswith((*allowed, *standard))] == []
 
@@ -83,6 +87,25 @@ def test_cifar_recipes_take_an_image_folder_by_two_overrides(name: str) -> None:
         ('algorithms.sam.rho=-0.1', r'^algorithms.sam: rho must be .*> 0, got -0.1$'),
         ('algorithms.sam.interval=0', r'^algorithms.sam: interval must be an integer >= 1, got 0$'),
         ('algorithms.sam.start=soon', r"^algorithms.sam.start: 'soon' is not a duration"),
+        ('algorithms.sam.schedules=3', r'^algorithms.sam.schedules: must be a scheduler for each hyper-parameter'),
+        ('algorithms.sam.schedules.roh={linear: {}}', r'^algorithms.sam.schedules.roh: .*; did you mean rho\?$'),
+        (
+            'algorithms.sam.schedules.rho=0.5',
+            r'^algorithms.sam.schedules.rho: must be one scheduler by name, .*, got 0.5$',
+        ),
+        (
+            'algorithms.sam.schedules.rho={linear: {}, step: {}}',
+            r'^algorithms.sam.schedules.rho: must be one scheduler',
+        ),
+        ('algorithms.sam.schedules.rho.linaer={}', r'^algorithms.sam.schedules.rho.linaer: .*; did you mean .*Linear'),
+        ('algorithms.sam.schedules.rho.linear=3', r'^algorithms.sam.schedules.rho.linear: must be a mapping'),
+        ('algorithms.sam.schedules.rho.linear.t_maxx=1ep', r'^algorithms.sam.schedules.rho.linear.t_maxx: .* t_max\?$'),
+        (
+            'algorithms.sam.schedules.rho.linear.t_max=1e',
+            r"^algorithms.sam.schedules.rho.linear.t_max: '1e' is not a dur",
+        ),
+        ('algorithms.sam.parameters="("', r"^algorithms.sam: parameters must be a regular expression, got '\('"),
+        ('algorithms.sam.parameters=3', r'^algorithms.sam.parameters: 3 is of the wrong type'),
         ('algorithms.mixup=3', r'^algorithms: got .*should be a valid dictionary$'),
         ('algorithms.sam=null', r'^algorithms.sam: null in the command line removes an inherited component'),
         ('callbacks.speed_monitor.window_size=wide', r"^callbacks.speed_monitor.window_size: 'wide' is of the wrong"),
