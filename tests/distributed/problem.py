@@ -1,0 +1,164 @@
+"""The small regression all ranks train, and the same training written out in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from pair import WORLD_SIZE
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from composer_sam import SharpnessAwareOptimizer, registry
+
+__all__ = [
+    'METHODS',
+    'ONCE_DIFFERENTIATED',
+    'STEPS',
+    'SYNCHRONISED',
+    'Fault',
+    'Network',
+    'batches',
+    'bits',
+    'closure_for',
+    'flat',
+    'sam_by_hand',
+    'train',
+    'union',
+]
+
+STEPS = 20
+METHODS = list(registry)
+ONCE_DIFFERENTIATED = [name for name in METHODS if not registry[name]().backwards_create_graph]
+# Of several passes, so that a first one can be synchronised or not.
+SYNCHRONISED = [name for name in METHODS if registry[name]().passes > 1]
+Batch = tuple[Tensor, Tensor]
+
+
+class Fault(nn.Module):
+    """Identity that raises, once, in its ``at``-th forward or backward counted from when it was armed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.remaining = {'forward': 0, 'backward': 0}
+
+    def arm(self, where: str, at: int) -> None:
+        self.remaining[where] = at
+
+    def _count(self, where: str) -> None:
+        self.remaining[where] -= 1
+        if self.remaining[where] == 0:
+            raise RuntimeError(f'injected in {where}')
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._count('forward')
+        if x.requires_grad:
+            x.register_hook(lambda grad: self._count('backward'))
+        return x
+
+
+class Network(nn.Module):
+    """Layers whose sizes two ranks cannot halve: 7 and 5 rows, and one row, which leaves a rank without any."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.first = nn.Linear(6, 7, dtype=dtype)
+            self.second = nn.Linear(7, 5, dtype=dtype)
+            self.last = nn.Linear(5, 1, dtype=dtype)
+        self.fault = Fault()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        x = self.fault(torch.tanh(self.second(x)))
+        return self.last(x)
+
+
+def batches(rank: int, steps: int = STEPS, dtype: torch.dtype = torch.float64) -> list[Batch]:
+    """A rank's own data: every rank has the same number of samples per batch, all different."""
+    generator = torch.Generator().manual_seed(100 + rank)
+    return [
+        (torch.randn(4, 6, generator=generator, dtype=dtype), torch.randn(4, 1, generator=generator, dtype=dtype))
+        for _ in range(steps)
+    ]
+
+
+def union(steps: int = STEPS, dtype: torch.dtype = torch.float64) -> list[Batch]:
+    """For every step the batches of all ranks as one."""
+    by_rank = [batches(rank, steps, dtype) for rank in range(WORLD_SIZE)]
+    return [
+        (torch.cat([x for x, _ in of_step]), torch.cat([y for _, y in of_step]))
+        for of_step in zip(*by_rank, strict=True)
+    ]
+
+
+def closure_for(optimizer: SharpnessAwareOptimizer, model: nn.Module, batch: Batch) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(batch[0]), batch[1])
+        loss.backward(create_graph=optimizer.method.backwards_create_graph)
+        return loss
+
+    return closure
+
+
+def train(
+    model: nn.Module,
+    method: Any,
+    data: Iterable[Batch],
+    optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
+    **settings: Any,
+) -> SharpnessAwareOptimizer:
+    """Step ``model`` through ``data`` and return the optimizer."""
+    settings = settings or {'lr': 0.1, 'momentum': 0.9, 'weight_decay': 1e-2}
+    wrapper = SharpnessAwareOptimizer(optimizer(model.parameters(), **settings), method, model)
+    for batch in data:
+        wrapper.step(closure_for(wrapper, model, batch))
+    return wrapper
+
+
+def sam_by_hand(
+    model: nn.Module,
+    data: Sequence[Sequence[Batch]],
+    rho: float,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.mse_loss,
+    perturbs: Callable[[int], bool] = lambda step: True,
+) -> None:
+    """SAM with m-sharpness in one process: ``data[step][rank]`` is each rank's batch."""
+    parameters = list(model.parameters())
+
+    def gradient(batch: Batch) -> list[Tensor]:
+        return list(torch.autograd.grad(loss(model(batch[0]), batch[1]), parameters))
+
+    for step, of_ranks in enumerate(data):
+        ascents = []
+        for batch in of_ranks:
+            g = gradient(batch)
+            if perturbs(step):
+                w = [p.detach().clone() for p in parameters]
+                norm = torch.sqrt(sum((x.double() ** 2).sum() for x in g)).item()
+                with torch.no_grad():
+                    for p, x in zip(parameters, g, strict=True):
+                        p.add_(x, alpha=rho / (norm + 1e-12))
+                g = gradient(batch)
+                with torch.no_grad():
+                    for p, x in zip(parameters, w, strict=True):
+                        p.copy_(x)
+            ascents.append(g)
+        for p, *of_parameter in zip(parameters, *ascents, strict=True):
+            p.grad = sum(of_parameter) / len(of_parameter)
+        optimizer.step()
+
+
+def flat(model: nn.Module) -> Tensor:
+    """All weights as one vector, whole also where the model is sharded by ``fully_shard``."""
+    weights = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return torch.cat([w.detach().reshape(-1) for w in weights])
+
+
+def bits(model: nn.Module) -> list[Tensor]:
+    """Copies of what this rank itself holds."""
+    return [(p.to_local() if isinstance(p, DTensor) else p).detach().clone() for p in model.parameters()]
