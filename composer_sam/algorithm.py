@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar
 
+from composer.algorithms import GradientClipping
+from composer.algorithms.sam import SAMOptimizer
 from composer.core import Algorithm, Event, Precision, State, Time, Timestamp, TimeUnit
 from composer.loggers import Logger
 from composer.optim import ComposerScheduler
@@ -214,6 +216,10 @@ class SharpnessAware(Algorithm):
         if isinstance(optimizer, SharpnessAwareOptimizer) and optimizer.method is self:
             optimizer.model = state.model
             return
+        if isinstance(optimizer, SAMOptimizer):
+            raise ValueError(
+                f'composer.algorithms.SAM has wrapped the optimizer already: use it or {type(self).__name__}, not both'
+            )
         state.optimizers = SharpnessAwareOptimizer(optimizer, self, state.model, trainer=TrainerLink(state))
 
     def _install_scaler(self, state: State) -> None:
@@ -242,6 +248,12 @@ class TrainerLink:
 
     def control(self, closure: Callable[..., Any]) -> TrainerControl:
         return TrainerControl(self._state, closure)
+
+    def direction_found(self) -> None:
+        """Clip the direction, if the trainer clips gradients."""
+        for algorithm in self._state.algorithms:
+            if isinstance(algorithm, GradientClipping):
+                algorithm.apply(Event.AFTER_TRAIN_BATCH, self._state, None)  # pyright: ignore[reportArgumentType]
 
 
 def _check_field(field: dataclasses.Field, value: Any) -> None:

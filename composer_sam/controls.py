@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from composer.algorithms import GradientClipping
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -128,7 +129,8 @@ class TrainerControl:
 
     From the second pass on no train metric is updated, and what the trainer shows at BATCH_END is the first pass's.
     The micro-batches are handed to every pass as they were: an algorithm or a transform that changes them in place
-    (Composer allows it) would otherwise change them a second time.
+    (Composer allows it) would otherwise change them a second time. GradientClipping, which would act on every pass's
+    gradient, is taken out until the direction is found; the step then applies it, once.
 
     Args:
         state: Composer's ``State``.
@@ -145,6 +147,8 @@ class TrainerControl:
         self._microbatches = None if self._cell is None else self._cell.cell_contents
         self._pristine = tree_map(_clone, self._microbatches)
         self._records: dict[str, Any] = {}
+        self._algorithms = list(state.algorithms)
+        state.algorithms = [a for a in self._algorithms if not isinstance(a, GradientClipping)]
 
     def first_pass_done(self) -> None:
         # The trainer may have moved the metrics to its device, which makes a new dictionary.
@@ -158,6 +162,7 @@ class TrainerControl:
             self._cell.cell_contents = tree_map(_clone, self._pristine)
 
     def settle(self) -> None:
+        self._state.algorithms = self._algorithms
         self._state.train_metrics = self._metrics
         self._state.batch = self._batch
         if self._cell is not None:

@@ -271,9 +271,9 @@ class SharpnessAwareOptimizer(Optimizer):
             yield PLAIN
             self._finish(None)
             return
-        controls = controls or self.controls(closure)
         method = self._resolved(moment)
-        with Step(method, self.trainable(), self.state, self.model, controls, moment.batch) as step:
+        with Step(method, self.trainable(), self.state, self.model, moment.batch) as step:
+            step.guard(controls or self.controls(closure))
             self._step = step
             try:
                 for request in step.passes():
@@ -295,6 +295,8 @@ class SharpnessAwareOptimizer(Optimizer):
             self.base_optimizer.step()
         else:
             step.write_direction()
+            if self.trainer is not None:
+                self.trainer.direction_found()
             self.base_optimizer.step()
             step.apply_decoupled(self.param_groups)
             step.commit()

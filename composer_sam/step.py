@@ -81,7 +81,6 @@ class Step:
         parameters: the trainable parameters, in the optimizer's order.
         state: the base optimizer's state, where the method's memory lies.
         model: the module, for its names, its shards and its replicas.
-        controls: what a repeated pass must not disturb.
         number: how many steps were taken before.
         exchange: see :class:`~composer_sam.placement.Placement`.
     """
@@ -92,7 +91,6 @@ class Step:
         parameters: list[Tensor],
         state: Mapping[Tensor, dict[str, Any]],
         model: nn.Module | None = None,
-        controls: tuple[Control, ...] = (),
         number: int = 0,
         exchange: bool = True,
     ):
@@ -104,7 +102,7 @@ class Step:
         self._model = model
         self._state = state
         self._placement = Placement(self.layout.parameters, exchange)
-        self._controls = controls
+        self._controls: tuple[Control, ...] = ()
         self._selected = None if method.parameters is None else select(method.parameters, parameters, model)
         self._method = method.direction(self)
         self._gradient: Vector | None = None
@@ -164,6 +162,10 @@ class Step:
         return gradient.like([g.detach() for g in gradient.values]), gradient.like([h.detach() for h in found])
 
     # What the optimizer does with a step.
+
+    def guard(self, controls: tuple[Control, ...]) -> None:
+        """Say what the passes must not disturb; from now on the step answers for putting it back."""
+        self._controls = controls
 
     def passes(self) -> Iterator[Pass]:
         """The method's passes one after the other, the weights in place for each; the body of the loop must leave the
