@@ -40,7 +40,10 @@ def test_gradient_clipping_acts_once_a_step_on_the_direction(name: str, kind: st
         ends.append(weights(trainer))
     assert len(clipping.norms) == 4
     assert not torch.equal(ends[0], ends[1])
-    assert torch.equal(ends[1], ends[2])  # what does not clip changes nothing
+    if (
+        kind != 'adaptive'
+    ):  # which takes all of a gradient where the weights are zero, as BatchNorm's biases are at first
+        assert torch.equal(ends[1], ends[2])  # what does not clip changes nothing
 
 
 def test_clipping_by_norm_leaves_the_perturbation_alone() -> None:
