@@ -138,7 +138,8 @@ def build_trainer(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Trainer
         precision=recipe.precision,
         device_train_microbatch_size=recipe.device_train_microbatch_size,
         seed=recipe.seed,
-        **_trainer_arguments(recipe),
+        # A killed run leaves a checkpoint that is newer than the one it can be resumed from.
+        **{'save_overwrite': recipe.autoresume, **_trainer_arguments(recipe)},
     )
     if folder is not None and dist.get_global_rank() == 0:
         _save_config(recipe, folder)
