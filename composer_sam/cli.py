@@ -143,19 +143,16 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _methods(options: argparse.Namespace) -> int:
-    """Lists the methods, what a step of each costs and where it was published."""
+    """Lists the methods, what a step of each costs, their hyper-parameters and where they were published."""
     del options
-    from rich.console import Console
-    from rich.table import Table
-
     from composer_sam.methods import table
 
-    shown = Table(box=None, pad_edge=False)
-    for heading in ('name', 'passes', 'extra memory', 'paper'):
-        shown.add_column(heading, overflow='fold')
+    # Not folded to the terminal's width, so that papers' addresses stay whole.
+    line = '{:<14}{:<8}{:<16}{:<13}{}'
+    print(line.format('name', 'passes', 'extra memory', 'collectives', 'paper'))
     for row in table():
-        shown.add_row(row['name'], row['passes'], row['extra_memory'], row['paper'])
-    Console(highlight=False, markup=False).print(shown)
+        print(line.format(row['name'], row['passes'], row['extra_memory'], row['collectives'], row['paper']))
+        print('  ' + ', '.join(f'{name}={default!r}' for name, default in row['hyperparameters'].items()))
     return OK
 
 

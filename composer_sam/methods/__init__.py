@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import warnings
+from typing import Any
+
+from torch import nn
+
 from composer_sam.algorithm import SharpnessAware
 from composer_sam.methods.asam import ASAM
 from composer_sam.methods.gam import GAM
@@ -10,6 +17,8 @@ from composer_sam.methods.sam_direction import SAMDirection
 from composer_sam.methods.sam_magnitude import SAMMagnitude
 from composer_sam.methods.sgd_hess import SGDHess
 from composer_sam.methods.wsam import WSAM
+from composer_sam.step import Step
+from composer_sam.vectors import Vector
 
 __all__ = ['ASAM', 'GAM', 'SAM', 'WSAM', 'SAMDirection', 'SAMMagnitude', 'SGDHess', 'registry', 'table']
 
@@ -18,14 +27,54 @@ registry: dict[str, type[SharpnessAware]] = {
 }
 
 
-def table() -> list[dict[str, str]]:
-    """One row per method: its name, the passes of a perturbing step, its memory at the peak, and its paper."""
-    return [
-        {
-            'name': name,
-            'passes': str(method().passes),
-            'extra_memory': f'{method.extra_copies} x parameters',
-            'paper': method.paper,
-        }
-        for name, method in registry.items()
-    ]
+def table() -> list[dict[str, Any]]:
+    """One row per method.
+
+    ``passes`` and ``collectives`` (exchanges of gradients over ranks under DistributedDataParallel) are those of a
+    perturbing step, counted on the rule itself; ``hyperparameters`` are those of its own, by name, with their defaults.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message=r'Using backward\(\) with create_graph')  # the step ends the graph
+        return [_table_row(name, method) for name, method in registry.items()]
+
+
+def _table_row(name: str, method: type[SharpnessAware]) -> dict[str, Any]:
+    return {
+        'name': name,
+        'summary': (inspect.getdoc(method) or '').splitlines()[0],
+        'passes': method().passes,
+        'extra_memory': f'{method.extra_copies} x parameters',
+        'collectives': _collectives(method()),
+        'hyperparameters': {field.name: field.default for field in own_fields(method)},
+        'paper': method.paper,
+    }
+
+
+def own_fields(method: type[SharpnessAware]) -> list[dataclasses.Field]:
+    """The hyper-parameters a method declares itself, without those that all methods have."""
+    shared = {field.name for field in dataclasses.fields(SharpnessAware)}
+    return [field for field in dataclasses.fields(method) if field.name not in shared]
+
+
+class _CountingStep(Step):
+    """A step that counts the averages over ranks its method asks for."""
+
+    averages = 0
+
+    def mean(self, x: Vector) -> Vector:
+        self.averages += 1
+        return x
+
+
+def _collectives(method: SharpnessAware) -> int:
+    """Exchanges of gradients in a step: one per synchronised backward and per average, found by running the rule."""
+    model = nn.Linear(1, 1, device='meta').to_empty(device='cpu')  # initialising would draw random numbers
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    backwards = 0
+    step = _CountingStep(method, list(model.parameters()), {}, model)
+    with step:
+        for request in step.passes():
+            model(next(model.parameters()).new_ones(3, 1)).square().sum().backward(create_graph=request.graph)
+            backwards += request.sync
+    return backwards + step.averages
