@@ -22,7 +22,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from benchmarks.report import Report, Table
-from benchmarks.workloads import BASES, forced_placement, gradient_closure
+from benchmarks.workloads import BASES, forced_placement, gradient_closure, measurable_methods
 from composer_sam import SharpnessAwareOptimizer, registry
 
 __all__ = ['COLUMNS', 'memory_rows']
@@ -136,9 +136,10 @@ def _marks() -> set[str]:
 
 
 def main() -> None:
+    measurable = measurable_methods()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--models', nargs='+', default=['resnet18', 'vit_b_16'], help='names of torchvision models')
-    parser.add_argument('--methods', nargs='+', default=sorted(registry), choices=sorted(registry))
+    parser.add_argument('--methods', nargs='+', default=measurable, choices=measurable)
     parser.add_argument('--base', nargs='+', default=['SGD'], choices=sorted(BASES))
     parser.add_argument('--placements', nargs='+', default=['default', 'copy'], choices=['default', 'copy', 'exchange'])
     parser.add_argument('--device', default='cpu')

@@ -25,7 +25,7 @@ from torch import nn
 
 from benchmarks.measure import Samples, interleaved, median, spread
 from benchmarks.report import Report, Table
-from benchmarks.workloads import BASES, forced_placement, gradient_closure
+from benchmarks.workloads import BASES, forced_placement, gradient_closure, measurable_methods
 from composer_sam import SharpnessAwareOptimizer, registry
 from composer_sam.controls import BufferControl, RandomControl
 from composer_sam.placement import Placement
@@ -194,7 +194,7 @@ def _breakdown(model: str, base: str, method: str, placement: str, device: torch
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--models', nargs='+', default=['resnet18', 'vit_b_16'], help='names of torchvision models')
-    parser.add_argument('--methods', nargs='+', default=['SAM'], choices=sorted(registry))
+    parser.add_argument('--methods', nargs='+', default=['SAM'], choices=measurable_methods())
     parser.add_argument('--base', nargs='+', default=['SGD'], choices=sorted(BASES))
     parser.add_argument('--placements', nargs='+', default=['default', 'copy'], choices=['default', 'copy', 'exchange'])
     parser.add_argument('--device', default='cpu')

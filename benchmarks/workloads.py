@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import composer_sam.placement
+from composer_sam import SharpnessAwareOptimizer, registry
 
 __all__ = [
     'BASES',
@@ -28,6 +29,7 @@ __all__ = [
     'forced_placement',
     'gradient_closure',
     'make_trainer',
+    'measurable_methods',
     'network',
 ]
 
@@ -166,6 +168,19 @@ def gradient_closure(parameters: Sequence[Tensor], optimizer: Optimizer) -> Call
         return loss  # pyright: ignore[reportReturnType]
 
     return closure
+
+
+def measurable_methods() -> list[str]:
+    """The registered methods that do with the closure above: not those that differentiate the gradient again, whose
+    cost lies in the model's second backward."""
+    names = []
+    for name, method in registry.items():
+        model = nn.Linear(1, 1)
+        optimizer = SharpnessAwareOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), method(), model)
+        with contextlib.suppress(ValueError):
+            optimizer.step(gradient_closure(list(model.parameters()), optimizer))
+            names.append(name)
+    return names
 
 
 @contextlib.contextmanager
