@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, SerializeAsAny, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, SerializeAsAny, ValidationError, model_validator
 
 from composer_sam.recipes.errors import RecipeError, unknown
 
@@ -99,6 +99,12 @@ class Cifar(_ImageSection):
     mean: PerChannel = Field(default=[0.4914, 0.4822, 0.4465])
     std: PerChannel = Field(default=[0.2470, 0.2435, 0.2616])
     download: bool = True
+
+    @model_validator(mode='before')
+    @classmethod
+    def _own_statistics(cls, values: Any) -> Any:
+        own = {'mean': [0.5071, 0.4865, 0.4409], 'std': [0.2673, 0.2564, 0.2762]}
+        return own | values if values['name'] == 'cifar100' else values
 
 
 class ImageFolder(_ImageSection):

@@ -295,6 +295,14 @@ def test_a_recipe_chooses_what_is_perturbed(parameters: str, model: str, expecte
     assert [lengths[1] for lengths in found.lengths] == pytest.approx([0.05] * 4, rel=1e-4)
 
 
+def test_cifar100_is_normalised_by_its_own_statistics() -> None:
+    ten = load_recipe(YAMLS / 'cifar10' / 'resnet18_sgd.yaml')
+    hundred = load_recipe(YAMLS / 'cifar10' / 'resnet18_sgd.yaml', overrides=['data.name=cifar100'])
+    shipped = load_recipe(YAMLS / 'cifar100' / 'resnet18_sgd.yaml')
+    assert hundred.data.mean == shipped.data.mean != ten.data.mean
+    assert hundred.data.std == shipped.data.std != ten.data.std
+
+
 def published(data: str, net: str) -> dict[str, Any]:
     recipe = load_recipe(YAMLS / data / f'gam_{net}.yaml')
     assert recipe.data.name == data and recipe.model.name == 'cifar_resnet18'
