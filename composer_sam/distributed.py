@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp._runtime_utils import _post_backward_final_callback, _reshard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ['Layout', 'average', 'local', 'replicas']
+__all__ = ['Layout', 'average', 'local', 'must_synchronise', 'replicas', 'reshard']
 
 Groups = tuple[dist.ProcessGroup, ...]
 
@@ -24,6 +25,49 @@ def local(tensor: Tensor) -> Tensor:
 def replicas(model: nn.Module | None) -> DistributedDataParallel | None:
     """The model, if it is DistributedDataParallel: the one wrapper that can leave gradients unsynchronised."""
     return model if isinstance(model, DistributedDataParallel) else None
+
+
+def must_synchronise(model: nn.Module | None) -> bool:
+    """Whether the next pass cannot be left unsynchronised: the first of all under DistributedDataParallel with
+    ``static_graph=True``, from which it learns the graph."""
+    ddp = replicas(model)
+    return ddp is not None and ddp.static_graph and not getattr(ddp, '_static_graph_delay_allreduce_enqueued', True)
+
+
+def reshard(model: nn.Module | None) -> None:
+    """Bring a sharded model back to rest after a pass that was cut short.
+
+    An exception leaves FSDP in the middle of its forward or backward: modules keep their gathered weights, which the
+    next forward would use instead of gathering the restored ones, and the end of the next backward is not noticed.
+    Composer repairs FSDP1 in the same way when it tries a batch again. No collectives: the other ranks need not fail.
+    """
+    for module in [] if model is None else model.modules():
+        if isinstance(module, FullyShardedDataParallel):
+            if module.check_is_root():
+                _end_backward(module)
+        elif isinstance(module, FSDPModule):
+            _end_backward2(module)
+
+
+def _end_backward(root: FullyShardedDataParallel) -> None:
+    for state in root._all_fsdp_states:
+        if state._handle is not None:
+            # SHARD_GRAD_OP keeps what it gathered from the forward to the backward, also where it looks resharded
+            _reshard(state, state._handle, free_unsharded_flat_param=state._handle.uses_sharded_strategy)
+    _post_backward_final_callback(root, root)
+
+
+def _end_backward2(module: FSDPModule) -> None:
+    state = module._get_fsdp_state()
+    group = state._fsdp_param_group
+    for parameter in [] if group is None else group.fsdp_params:
+        # without a gradient nothing is reduced
+        parameter.unsharded_accumulated_grad = None
+        if hasattr(parameter, '_unsharded_param'):
+            parameter._unsharded_param.grad = None
+    if state._is_root:
+        state._state_ctx.iter_forward_root = None
+        state._root_post_backward_final_callback()
 
 
 class Layout:
@@ -42,6 +86,8 @@ class Layout:
         self.parameters = tuple(parameters)
         self.groups: tuple[Groups, ...] = _shard_groups(self.parameters, model)
         self.sharded = any(self.groups)
+        # Nothing to unwrap: neither DTensors nor complex numbers.
+        self.plain = not any(isinstance(p, DTensor) or p.is_complex() for p in parameters)
         self.accumulator = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
 
     def stack(self, scalars: Sequence[Tensor]) -> Tensor:
