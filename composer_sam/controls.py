@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import random
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -81,10 +81,6 @@ class RandomControl:
             torch.mps.set_rng_state(mps)
 
 
-# What is registered in each slot, and all contents: for every device and type its buffers and one copy of them.
-_Contents: TypeAlias = tuple[list[Tensor | None], list[tuple[list[Tensor], Tensor]]]
-
-
 class BufferControl:
     """All buffers of a module: BatchNorm statistics and counters of every kind, spectral norms, and any other.
 
@@ -101,7 +97,7 @@ class BufferControl:
             if buffer is not None
         ]
         self._found = self._before = self._read()
-        self._after: _Contents | None = None
+        self._after: list[tuple[Tensor | None, Tensor | None]] | None = None
         self._ddp = replicas(model)
         self._broadcast = self._ddp is not None and self._ddp.will_sync_module_buffers()
         if self._ddp is not None and self._broadcast:
@@ -128,25 +124,19 @@ class BufferControl:
             self._ddp.require_forward_param_sync = self._broadcast or self._ddp.require_forward_param_sync
 
     @torch.no_grad()
-    def _read(self) -> _Contents:
+    def _read(self) -> list[tuple[Tensor | None, Tensor | None]]:
+        """What is registered in each slot, and a copy of its content."""
         registered = [buffers[name] for buffers, name in self._slots]
-        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for buffer in registered:
-            if buffer is not None:
-                kinds.setdefault((buffer.device, buffer.dtype), []).append(buffer)
-        # One copy per kind: many small ones would cost more than the buffers are worth.
-        copies = [(members, torch.cat([buffer.reshape(-1) for buffer in members])) for members in kinds.values()]
-        return registered, copies
+        copies = [None if buffer is None else torch.empty_like(buffer) for buffer in registered]
+        contents = list(zip(registered, copies, strict=True))
+        _copy([(content, buffer) for buffer, content in contents])
+        return contents
 
     @torch.no_grad()
-    def _write(self, contents: _Contents) -> None:
-        registered, copies = contents
-        for (buffers, name), buffer in zip(self._slots, registered, strict=True):
+    def _write(self, contents: list[tuple[Tensor | None, Tensor | None]]) -> None:
+        for (buffers, name), (buffer, _) in zip(self._slots, contents, strict=True):
             buffers[name] = buffer
-        for members, together in copies:
-            pieces = together.split([buffer.numel() for buffer in members])
-            values = [piece.view(buffer.shape) for piece, buffer in zip(pieces, members, strict=True)]
-            torch._foreach_copy_(members, values)
+        _copy(contents)
 
 
 class TrainerControl:
@@ -200,6 +190,14 @@ class TrainerControl:
         # The trainer itself clears metrics and records before it tries a batch again.
         self.settle()
         tree_map(_write_back, self._microbatches, self._pristine)
+
+
+def _copy(pairs: list[tuple[Tensor | None, Tensor | None]]) -> None:
+    """Copy each pair's second tensor into its first, all at once."""
+    present = [(target, source) for target, source in pairs if target is not None and source is not None]
+    if present:
+        targets, sources = zip(*present, strict=True)
+        torch._foreach_copy_(targets, sources)
 
 
 def _clone(item: Any) -> Any:

@@ -86,8 +86,6 @@ class Layout:
         self.parameters = tuple(parameters)
         self.groups: tuple[Groups, ...] = _shard_groups(self.parameters, model)
         self.sharded = any(self.groups)
-        # Nothing to unwrap: neither DTensors nor complex numbers.
-        self.plain = not any(isinstance(p, DTensor) or p.is_complex() for p in parameters)
         self.accumulator = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
 
     def stack(self, scalars: Sequence[Tensor]) -> Tensor:
