@@ -165,6 +165,16 @@ def _components(recipe: Recipe) -> dict[str, Any]:
                 raise RecipeError(f'{key}: names the same component as {section}.{other}; keep one of them')
             named[component.__name__] = name
             built[section].append(_component(key, component, arguments))
+    methods = [
+        name
+        for name, algorithm in zip(recipe.algorithms, built['algorithms'], strict=True)
+        if isinstance(algorithm, SharpnessAware)
+    ]
+    if len(methods) > 1:
+        raise RecipeError(
+            f'algorithms.{methods[1]}: only one method can wrap the optimizer, and there is algorithms.{methods[0]}; '
+            f'keep one of them ({methods[0]}: null removes an inherited one)'
+        )
     built['scheduler'] = None
     if recipe.scheduler:
         scheduler, arguments = _named('scheduler', recipe.scheduler, _schedulers())

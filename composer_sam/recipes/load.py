@@ -31,9 +31,9 @@ def load_mapping(
 
     A null means "as if the key had not been given": it removes what a base or an earlier overlay has set.
     """
-    config = _read(Path(path), ())
-    for overlay in overlays:
-        config = _merge(config, _read(Path(overlay), ()), str(overlay))
+    config = OmegaConf.create({})
+    for file in (path, *overlays):
+        config = _read(Path(file), (), config)
     config = _merge(config, _parse_overrides(overrides), 'the command line')
     try:
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -42,8 +42,8 @@ def load_mapping(
     return cast(dict[str, Any], _without_nulls(resolved))
 
 
-def _read(path: Path, children: tuple[Path, ...]) -> DictConfig:
-    """Reads one file and, below it, the file its ``base`` names relative to it."""
+def _read(path: Path, children: tuple[Path, ...], below: DictConfig) -> DictConfig:
+    """Lays one file, on the file its ``base`` names relative to it, over what is ``below``."""
     if not path.is_file():
         raise RecipeError(f'recipe {str(path)!r} does not exist{_suggestion(path)}')
     if path.resolve() in children:
@@ -56,10 +56,10 @@ def _read(path: Path, children: tuple[Path, ...]) -> DictConfig:
         raise RecipeError(f'{path}: a recipe is a mapping of keys to values, got a list')
     base = config.pop('base', None)
     if base is None:
-        return _merge(OmegaConf.create({}), config, str(path))
+        return _merge(below, config, str(path))
     if not isinstance(base, str):
         raise RecipeError(f'base: must be the path of a recipe relative to {path}, got {base!r}')
-    return _merge(_read(path.parent / base, (*children, path.resolve())), config, str(path))
+    return _merge(_read(path.parent / base, (*children, path.resolve()), below), config, str(path))
 
 
 def _merge(base: DictConfig, overlay: DictConfig, origin: str) -> DictConfig:

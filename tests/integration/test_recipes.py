@@ -234,6 +234,14 @@ def test_every_overlay_fits_every_base(base: Path, method: str) -> None:
     assert [name for name in recipe.algorithms if name.replace('_', '') == method.lower()] == [overlay(method).stem]
 
 
+def test_an_overlay_on_a_recipe_with_another_method_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r'^algorithms\.gam: only one method can wrap .* algorithms\.sam; keep one'):
+        load_recipe(YAMLS / 'digits' / 'sam.yaml', [overlay('GAM')])
+    without = tmp_path / 'without.yaml'
+    without.write_text('algorithms: {sam: null}')
+    assert list(load_recipe(YAMLS / 'digits' / 'sam.yaml', [without, overlay('GAM')]).algorithms) == ['gam']
+
+
 def test_every_overlay_belongs_to_a_method() -> None:
     assert set(OVERLAYS) == {name.lower() for name in registry}
     assert len(BASES) == 4
