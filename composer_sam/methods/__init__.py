@@ -43,7 +43,6 @@ def _table_row(name: str, method: type[SharpnessAware]) -> dict[str, Any]:
         'name': name,
         'summary': (inspect.getdoc(method) or '').splitlines()[0],
         'passes': method().passes,
-        'extra_memory': f'{method.extra_copies} x parameters',
         'collectives': _collectives(method()),
         'hyperparameters': {field.name: field.default for field in own_fields(method)},
         'paper': method.paper,

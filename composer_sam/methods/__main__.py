@@ -18,9 +18,9 @@ Generated from the code by `python -m composer_sam.methods > docs/methods.md`; a
 rules themselves are in the docstrings, `help(composer_sam.SAM)`, and in `composer_sam/methods/`, one file per method.
 """
 _COLUMNS = """
-Passes are forward-backward passes of a perturbing step, extra memory is what such a step holds at its peak beyond an
-ordinary one's (`benchmarks/memory.py` measures it), and collectives are a step's exchanges of gradients over the ranks
-of DistributedDataParallel, where an ordinary step has one. Passes and collectives are counted on the rules.
+Passes are forward-backward passes of a perturbing step, and collectives are its exchanges of gradients over the ranks of
+DistributedDataParallel, where an ordinary step has one. Both are counted on the rules. Memory is measured by
+`benchmarks/memory.py`.
 """
 _SHARED = """
 ## What every method takes
@@ -31,10 +31,10 @@ SGDHess refuses `sync_first_pass`: it averages its gradient and the curvature ov
 
 def document() -> str:
     """The page."""
-    parts = [_HEAD, '\n', _rows('method', 'passes', 'extra memory', 'collectives', 'what it is')]
+    parts = [_HEAD, '\n', _rows('method', 'passes', 'collectives', 'what it is')]
     for row in table():
         link = f'[{row["name"]}](#{row["name"].lower()})'
-        parts.append(_row(link, row['passes'], row['extra_memory'], row['collectives'], row['summary']))
+        parts.append(_row(link, row['passes'], row['collectives'], row['summary']))
     parts.append(_COLUMNS)
     for row in table():
         method = registry[row['name']]
