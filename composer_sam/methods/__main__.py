@@ -18,8 +18,8 @@ Generated from the code by `python -m composer_sam.methods > docs/methods.md`; a
 rules themselves are in the docstrings, `help(composer_sam.SAM)`, and in `composer_sam/methods/`, one file per method.
 """
 _COLUMNS = """
-Passes are forward-backward passes of a perturbing step, and collectives are its exchanges of gradients over the ranks of
-DistributedDataParallel, where an ordinary step has one. Both are counted on the rules. Memory is measured by
+Passes are forward-backward passes of a perturbing step, and collectives are its exchanges of gradients over the ranks
+of DistributedDataParallel, where an ordinary step has one. Both are counted on the rules. Memory is measured by
 `benchmarks/memory.py`.
 """
 _SHARED = """
