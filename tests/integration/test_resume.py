@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from composer import Trainer
 from composer.optim import CosineAnnealingScheduler
 from digits import METHODS, PER_EPOCH, Recorder, build, weights
 
-from composer_sam import SAM, SharpnessAwareOptimizer, registry
+from composer_sam import SAM, SGDHess, SharpnessAwareOptimizer, registry
 
 every_method = pytest.mark.parametrize('name', METHODS)
 every_optimizer = pytest.mark.parametrize('optimizer', ['SGD', 'AdamW'])
@@ -112,6 +113,27 @@ def test_resumed_inside_a_window_equals_uninterrupted(name: str, tmp_path: Path)
     resumed = start(registry[name](**window), load_path=str(tmp_path / 'ep1-ba6-rank0.pt'))
     resumed.fit()
     assert torch.equal(weights(resumed), weights(whole))
+
+
+@pytest.mark.parametrize(
+    'method',
+    [
+        lambda: SAM(rho=0.3, schedules={'rho': CosineAnnealingScheduler(alpha_f=0.1)}),
+        lambda: SGDHess(interval_hessian=4),
+    ],
+    ids=['schedule', 'memory'],
+)
+def test_schedules_and_memory_go_on(method: Callable[[], Any], tmp_path: Path) -> None:
+    """A radius that follows the run's time, and a method that keeps vectors between steps, stopped in between."""
+    whole = start(method(), folder=tmp_path)
+    whole.fit()
+    resumed = start(method(), load_path=str(tmp_path / 'ep1-ba6-rank0.pt'))
+    resumed.fit()
+    assert torch.equal(weights(resumed), weights(whole))
+    assert_same_state(state_of(resumed), state_of(whole))
+    without = start(max_duration='3ep')
+    without.fit()
+    assert not torch.equal(weights(without), weights(whole))
 
 
 def saved(path: Path) -> dict[str, Any]:
