@@ -11,12 +11,13 @@ from __future__ import annotations
 import copy
 import inspect
 import random
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from composer.algorithms import GradientClipping
 from torch import Tensor, nn
+from torch._utils import _unflatten_dense_tensors
 from torch.utils._pytree import tree_map
 
 from composer_sam.distributed import replicas
@@ -81,6 +82,10 @@ class RandomControl:
             torch.mps.set_rng_state(mps)
 
 
+# What is registered in each slot, and all contents: for every device and type its buffers and one copy of them.
+_Contents: TypeAlias = tuple[list[Tensor | None], list[tuple[list[Tensor], Tensor]]]
+
+
 class BufferControl:
     """All buffers of a module: BatchNorm statistics and counters of every kind, spectral norms, and any other.
 
@@ -97,7 +102,7 @@ class BufferControl:
             if buffer is not None
         ]
         self._found = self._before = self._read()
-        self._after: list[tuple[Tensor | None, Tensor | None]] | None = None
+        self._after: _Contents | None = None
         self._ddp = replicas(model)
         self._broadcast = self._ddp is not None and self._ddp.will_sync_module_buffers()
         if self._ddp is not None and self._broadcast:
@@ -124,19 +129,23 @@ class BufferControl:
             self._ddp.require_forward_param_sync = self._broadcast or self._ddp.require_forward_param_sync
 
     @torch.no_grad()
-    def _read(self) -> list[tuple[Tensor | None, Tensor | None]]:
-        """What is registered in each slot, and a copy of its content."""
+    def _read(self) -> _Contents:
         registered = [buffers[name] for buffers, name in self._slots]
-        copies = [None if buffer is None else torch.empty_like(buffer) for buffer in registered]
-        contents = list(zip(registered, copies, strict=True))
-        _copy([(content, buffer) for buffer, content in contents])
-        return contents
+        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for buffer in registered:
+            if buffer is not None:
+                kinds.setdefault((buffer.device, buffer.dtype), []).append(buffer)
+        # One copy per kind: many small ones would cost more than the buffers are worth.
+        copies = [(members, torch.cat([buffer.reshape(-1) for buffer in members])) for members in kinds.values()]
+        return registered, copies
 
     @torch.no_grad()
-    def _write(self, contents: list[tuple[Tensor | None, Tensor | None]]) -> None:
-        for (buffers, name), (buffer, _) in zip(self._slots, contents, strict=True):
+    def _write(self, contents: _Contents) -> None:
+        registered, copies = contents
+        for (buffers, name), buffer in zip(self._slots, registered, strict=True):
             buffers[name] = buffer
-        _copy(contents)
+        for members, together in copies:
+            torch._foreach_copy_(members, _unflatten_dense_tensors(together, members))
 
 
 class TrainerControl:
@@ -190,14 +199,6 @@ class TrainerControl:
         # The trainer itself clears metrics and records before it tries a batch again.
         self.settle()
         tree_map(_write_back, self._microbatches, self._pristine)
-
-
-def _copy(pairs: list[tuple[Tensor | None, Tensor | None]]) -> None:
-    """Copy each pair's second tensor into its first, all at once."""
-    present = [(target, source) for target, source in pairs if target is not None and source is not None]
-    if present:
-        targets, sources = zip(*present, strict=True)
-        torch._foreach_copy_(targets, sources)
 
 
 def _clone(item: Any) -> Any:

@@ -86,6 +86,8 @@ class Layout:
         self.parameters = tuple(parameters)
         self.groups: tuple[Groups, ...] = _shard_groups(self.parameters, model)
         self.sharded = any(self.groups)
+        # Nothing to unwrap: neither DTensors nor complex numbers.
+        self.plain = not any(isinstance(p, DTensor) or p.is_complex() for p in parameters)
         self.accumulator = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
 
     def stack(self, scalars: Sequence[Tensor]) -> Tensor:
@@ -115,7 +117,8 @@ class Layout:
         return [sums[place] for place in where]
 
     def _zero(self) -> Tensor:
-        return torch.zeros((), dtype=self.accumulator, device=local(self.parameters[0]).device)
+        device = local(self.parameters[0]).device if self.parameters else None
+        return torch.zeros((), dtype=self.accumulator, device=device)
 
 
 def _summed(tensor: Tensor, groups: Groups) -> Tensor:

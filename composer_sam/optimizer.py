@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from composer_sam.algorithm import Moment, SharpnessAware
 from composer_sam.controls import BufferControl, Control, RandomControl
-from composer_sam.distributed import replicas
+from composer_sam.distributed import Layout, replicas
 from composer_sam.grad_scaler import unscale
 from composer_sam.step import PLAIN, Pass, Step
 from composer_sam.two_calls import TwoCalls
@@ -102,6 +102,7 @@ class SharpnessAwareOptimizer(Optimizer):
         self.steps_taken = 0
         self.skipped = False
         self._step: Step | None = None
+        self._layout: tuple[tuple[int, ...], Layout] | None = None
         self._two_calls = TwoCalls(self)
         if trainer is None:
             method.check_without_trainer()
@@ -272,7 +273,7 @@ class SharpnessAwareOptimizer(Optimizer):
             self._finish(None)
             return
         method = self._resolved(moment)
-        with Step(method, self.trainable(), self.state, self.model, moment.batch) as step:
+        with Step(method, self._current_layout(), self.state, self.model, moment.batch) as step:
             step.guard(controls or self.controls(closure))
             self._step = step
             try:
@@ -301,6 +302,8 @@ class SharpnessAwareOptimizer(Optimizer):
             step.apply_decoupled(self.param_groups)
             step.commit()
         self.steps_taken += 1
+        # What torch's LR schedulers look for; a loop and two calls do not go through the ``step`` they have wrapped.
+        self._opt_called = True
 
     def _skip(self) -> None:
         self.skipped = True
@@ -327,11 +330,19 @@ class SharpnessAwareOptimizer(Optimizer):
             f'loss: {type(self.method).__name__} evaluates it {self.method.passes} times'
         )
 
+    def _current_layout(self) -> Layout:
+        """The layout, made anew when parameters were added, frozen or replaced, or the model was."""
+        parameters = self.trainable()
+        key = (id(self.model), *map(id, parameters))
+        if self._layout is None or self._layout[0] != key:
+            self._layout = (key, Layout(parameters, self.model))
+        return self._layout[1]
+
     def trainable(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group['params'] if p.requires_grad]
 
     def controls(self, closure: Any = None) -> tuple[Control, ...]:
-        devices = {parameter.device for parameter in self.trainable()}
+        devices = {parameter.device for parameter in self._current_layout().parameters}
         trainer = () if self.trainer is None else (self.trainer.control(closure),)
         return (RandomControl(devices), *(() if self.model is None else (BufferControl(self.model),)), *trainer)
 

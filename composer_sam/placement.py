@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from composer_sam.distributed import local
+from composer_sam.distributed import Layout, local
 from composer_sam.vectors import Vector
 
 __all__ = ['Placement', 'exchangeable']
@@ -41,13 +41,14 @@ class Placement:
     """The weights of one step: at w, or at w + offset for the length of a pass.
 
     Args:
-        parameters: all trainable parameters, in the vectors' order.
+        layout: the trainable parameters, in the vectors' order.
         exchange: point parameters at other memory where that is safe; False copies always.
     """
 
-    def __init__(self, parameters: tuple[Tensor, ...], exchange: bool = True):
-        self._parameters = parameters
-        self._exchange = exchange and _own_storage(parameters)
+    def __init__(self, layout: Layout, exchange: bool = True):
+        self._parameters = layout.parameters
+        self._plain = layout.plain
+        self._exchange = exchange and _own_storage(layout.parameters)
         self._exchanged: list[tuple[Tensor, Tensor]] = []
         self._saved: dict[int, tuple[Tensor, Tensor]] = {}
         self._moved = False
@@ -94,7 +95,9 @@ class Placement:
         """Copy w, once per step: a later pass of the same step needs no second copy."""
         missing = [where for where in wanted if where not in self._saved]
         if missing:
-            targets = [real(self._parameters[where]) for where in missing]
+            targets = [self._parameters[where] for where in missing]
+            if not self._plain:
+                targets = [real(target) for target in targets]
             copies = [torch.empty_like(target) for target in targets]
             torch._foreach_copy_(copies, targets)
             self._saved.update(zip(missing, zip(targets, copies, strict=True), strict=True))
@@ -108,5 +111,5 @@ def real(parameter: Tensor) -> Tensor:
 
 def _own_storage(parameters: tuple[Tensor, ...]) -> bool:
     """False where two parameters lie in the same storage: an exchange would untie them for the pass."""
-    addresses = [p.data_ptr() for p in parameters if type(p) in _PLAIN and p.numel()]
+    addresses = [p.data_ptr() for p in parameters if type(p) in _PLAIN and p.device.type == 'cpu' and p.numel()]
     return len(addresses) == len(set(addresses))

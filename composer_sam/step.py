@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import weakref
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
@@ -78,7 +80,7 @@ class Step:
 
     Args:
         method: the update rule, its hyper-parameters as they are at this step.
-        parameters: the trainable parameters, in the optimizer's order.
+        layout: the trainable parameters, in the optimizer's order, and their shards.
         state: the base optimizer's state, where the method's memory lies.
         model: the module, for its names, its shards and its replicas.
         number: how many steps were taken before.
@@ -88,29 +90,34 @@ class Step:
     def __init__(
         self,
         method: Method,
-        parameters: list[Tensor],
+        layout: Layout,
         state: Mapping[Tensor, dict[str, Any]],
         model: nn.Module | None = None,
         number: int = 0,
         exchange: bool = True,
     ):
-        self.layout = Layout(parameters, model)
-        self.memory = _read_memory(self.layout, state)
+        self.layout = layout
         self.staged: dict[str, Vector] = {}
         self.number = number
         self.index = -1
         self._model = model
         self._state = state
-        self._placement = Placement(self.layout.parameters, exchange)
+        self._placement = Placement(layout, exchange)
         self._controls: tuple[Control, ...] = ()
-        self._selected = None if method.parameters is None else select(method.parameters, parameters, model)
+        self._selected = None if method.parameters is None else select(method.parameters, layout.parameters, model)
         self._method = method.direction(self)
         self._gradient: Vector | None = None
+        self._last: weakref.ref[Tensor] | None = None
         self._direction: Direction | None = None
         self._open = True
 
-    # What a method does with a step. Besides: ``memory`` is what it staged in the last step that was taken, a vector
-    # per name; ``staged`` is what is to be its memory from the next step on; ``number`` counts the steps before this.
+    # What a method does with a step. Besides: ``staged`` is what is to be its memory from the next step on, a vector
+    # per name; ``number`` counts the steps before this.
+
+    @functools.cached_property
+    def memory(self) -> dict[str, Vector]:
+        """What the method staged in the last step that was taken."""
+        return _read_memory(self.layout, self._state)
 
     def offset(self, x: Vector, rho: Number, epsilon: Number, metric: Vector | None = None) -> Vector:
         """:func:`~composer_sam.vectors.to_radius` on the parameters that may be perturbed: the others stay at w, and
@@ -137,7 +144,7 @@ class Step:
         """
         ddp = replicas(self._model)
         if ddp is None or dist.get_world_size(ddp.process_group) == 1:
-            return x
+            return x.like(x.values)
         return Vector(*average(x.values, x.where, self.layout, ddp.process_group), self.layout)
 
     def hessian_product(self, gradient: Vector, v: Vector) -> tuple[Vector, Vector]:
@@ -182,6 +189,8 @@ class Step:
                 request = replace(request, sync=True)
             if request.at is not None:
                 self._placement.place(request.at)
+                # Let go of the offset: where w + offset was copied its memory is free during the pass.
+                request = replace(request, at=None)
             yield request
             if self.index == 0:
                 for control in self._controls:
@@ -280,16 +289,41 @@ class Step:
                     f'parameter {place} of shape {tuple(parameter.shape)} has a gradient of layout {gradient.layout}: '
                     'only dense gradients are supported; use nn.Embedding(..., sparse=False)'
                 )
-            values.append(gradient if graph else _own_memory(real(gradient.detach()), parameter))
-            where.append(place)
             parameter.grad = None
+            values.append(gradient)
+            where.append(place)
+        if not graph:
+            values = [value.detach() if value.requires_grad else value for value in values]
+        if not self.layout.plain:
+            values = [real(value) for value in values]
+        if dist.is_available() and dist.is_initialized():
+            values = [_own_memory(v, self.layout.parameters[place]) for v, place in zip(values, where, strict=True)]
+        self._check_memory(values, where)
         return Vector(values, where, self.layout)
 
     def _check_twice_differentiable(self) -> None:
         """Raise ValueError before a pass whose gradient could not be differentiated again."""
-        parameters = self.layout.parameters
-        if self.layout.sharded or any(p.is_complex() or hasattr(p, '_fsdp_flattened') for p in parameters):
+        flattened = any(hasattr(parameter, '_fsdp_flattened') for parameter in self.layout.parameters)
+        if self.layout.sharded or flattened or not self.layout.plain:
             raise ValueError('second derivatives of sharded (FSDP) or complex parameters are not supported')
+
+    def _check_memory(self, values: list[Tensor], where: list[int]) -> None:
+        """Raise ValueError where a pass left no gradient, or one in memory that something else is in."""
+        if not values:
+            if self.layout.parameters and not self.layout.sharded:
+                raise ValueError('no parameter has a gradient after the pass: the closure must call backward()')
+            return
+        address = values[0].data_ptr()
+        last = None if self._last is None else self._last()
+        overwritten = last is not None and last.data_ptr() == address
+        if address and (overwritten or address == real(self.layout.parameters[where[0]]).data_ptr()):
+            raise ValueError(
+                'two passes left their gradients in the same memory, as a captured CUDA graph does: put copies into '
+                '.grad, for example parameter.grad = static_gradient.clone()'
+            )
+        # An object of its own: alive as long as the method holds the gradient, whoever else holds its memory.
+        values[0] = values[0].view_as(values[0])
+        self._last = weakref.ref(values[0])
 
     def _found(self) -> Direction:
         if self._direction is None:
@@ -317,7 +351,7 @@ def count_passes(method: Method) -> int:
     selected = copy.copy(method)
     selected.parameters = None
     count = 0
-    with Step(selected, list(model.parameters()), {}, model) as step:
+    with Step(selected, Layout(list(model.parameters())), {}, model) as step:
         for request in step.passes():
             model(torch.ones(3, 1)).square().sum().backward(create_graph=request.graph)
             count += 1

@@ -42,8 +42,8 @@ class GAM(SharpnessAware):
         grad_beta_3: :math:`\beta_3`, weight of :math:`g_3`.
         grad_gamma: :math:`\gamma`, strength of the decomposition, >= 0.
         epsilon: added to every norm divided by, >= 0.
-        adaptive: every radius in the scale of the weights at the point it starts from: w, :math:`w + e_0`,
-            :math:`w + e_1`.
+        adaptive: every radius in the scale of the weights at the point its step starts from: w for :math:`e_0` and
+            :math:`e_1`, :math:`w + e_1` for :math:`e_2`.
 
     All four passes are unsynchronised over ranks, and the direction is averaged once; ``sync_first_pass=True``
     synchronises all four instead.
@@ -52,8 +52,8 @@ class GAM(SharpnessAware):
         4 passes per perturbing step, four copies of the parameters at the peak, nothing between steps.
 
     Departures:
-        The authors' code keeps optimizer state of its own, so that checkpoints lose the base optimizer's momentum;
-        here it is the base optimizer's. Offsets are absolute, and the weights are restored bit for bit.
+        The authors' code keeps six tensors of the parameters' size between steps and restores the weights by
+        subtraction; here offsets are absolute and the weights are restored bit for bit.
 
     Raises:
         ValueError: a hyper-parameter out of its range.
@@ -86,15 +86,14 @@ class GAM(SharpnessAware):
             return step.offset(x, rho, self.epsilon, step.weights(start) if self.adaptive else None)
 
         g0 = yield Pass(sync=sync)
-        e0 = offset(g0, self.grad_rho)
-        g1 = yield Pass(at=e0, sync=sync)
-        e1 = offset(subtract(g1, g0).donate(), self.grad_norm_rho, start=e0)
-        del e0
+        g1 = yield Pass(at=offset(g0, self.grad_rho).donate(), sync=sync)
+        e1 = offset(subtract(g1, g0).donate(), self.grad_norm_rho)
         g2 = yield Pass(at=e1, sync=sync)
         p = axpy(each(abs, self.grad_beta_2), g2, g0.donate())
         e2 = offset(g2.donate(), self.grad_rho, start=e1)
         g3 = yield Pass(at=add(e1.donate(), e2).donate(), sync=sync)
         q = axpy(self.grad_beta_3, g3, scale(g1.donate(), self.grad_beta_1))
+        del g2, e1, e2, g3
         orthogonal = reject(p.donate(), q, self.epsilon)
-        direction = subtract(q, scale(orthogonal, self.grad_gamma))
+        direction = subtract(q.donate(), scale(orthogonal.donate(), self.grad_gamma))
         return Direction(direction if sync else step.mean(direction))

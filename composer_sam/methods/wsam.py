@@ -81,6 +81,6 @@ class WSAM(SharpnessAware):
         alpha = each(lambda gamma: gamma / (1 - gamma), self.gamma)
         if self.decouple:
             sharpness = subtract(ascent_grad.donate(), mean_grad)
-            return Direction(mean_grad, decoupled=scale(sharpness, alpha))
+            return Direction(mean_grad, decoupled=scale(sharpness.donate(), alpha))
         plain = scale(mean_grad.donate(), each(lambda a: 1 - a, alpha))
         return Direction(axpy(alpha, ascent_grad, plain))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -226,7 +225,8 @@ def _image_folder(section: ImageFolder) -> tuple[Images, Images, int]:
 
 
 def _read_all(images: Sequence[Tensor]) -> Tensor:
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    # Decoding is half Python: more threads only wait for each other, and several runs may share the cores.
+    with ThreadPoolExecutor(min(4, torch.get_num_threads())) as threads:
         return torch.stack(list(threads.map(images.__getitem__, range(len(images)))))
 
 

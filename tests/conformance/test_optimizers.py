@@ -19,7 +19,8 @@ TORCH_OPTIMIZERS = {
     for cls in vars(torch.optim).values()
     if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
 }
-REFUSED = {'LBFGS', 'SparseAdam'}
+# Muon, of newer torch, takes matrices only: not a network with BatchNorm and biases.
+REFUSED = {'LBFGS', 'SparseAdam', 'Muon'}
 
 
 def test_the_list_of_torch_optimizers_is_long() -> None:
@@ -257,6 +258,10 @@ def test_lr_schedulers_work_on_the_wrapper_and_on_the_base(on_wrapper: bool, rec
         optimizer.step(Closure(model, batch))
         scheduler.step()
     assert optimizer.param_groups[0]['lr'] == base.param_groups[0]['lr'] == 0.1 * 0.5**3
+    for _ in optimizer.passes():
+        Closure(model, batches(1)[0])()
+    scheduler.step()
+    assert optimizer.param_groups[0]['lr'] == 0.1 * 0.5**4
     assert not [w for w in recwarn if 'lr_scheduler.step()' in str(w.message)]
     copied_model, copied = copy.deepcopy((model, optimizer))
     before = copy.deepcopy(copied_model.state_dict())
@@ -366,3 +371,28 @@ def test_distributed_checkpoint_can_make_a_fresh_optimizers_state() -> None:
     state = get_optimizer_state_dict(model, optimizer)
     assert state['state']
     assert same(before, list(model.parameters()))
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_a_closure_without_backward_is_an_error(name: str) -> None:
+    model = network()
+    optimizer = SharpnessAwareOptimizer(BASES['SGD'](model.parameters()), registry[name](), model)
+    before = snapshot(model, optimizer)
+    with pytest.raises(ValueError, match=r'the closure must call backward\(\)'):
+        optimizer.step(lambda: model(batches(1)[0][0]).sum())
+    assert same(before, snapshot(model, optimizer))
+
+
+@pytest.mark.parametrize('on_wrapper', [True, False])
+@pytest.mark.parametrize('name', METHODS)
+def test_a_scheduler_does_not_warn_at_its_first_step(
+    name: str, on_wrapper: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    model = network()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = SharpnessAwareOptimizer(base, registry[name](), model)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer if on_wrapper else base, 1, gamma=0.5)
+    for _ in optimizer.passes():
+        Closure(model, batches(1)[0], graph=needs_graph(name))()
+    scheduler.step()
+    assert not [w for w in recwarn if 'lr_scheduler.step()' in str(w.message)]

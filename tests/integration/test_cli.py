@@ -19,9 +19,12 @@ REPOSITORY = Path(__file__).parents[2]
 SGD, SAM = (str(REPOSITORY / 'yamls' / 'digits' / f'{name}.yaml') for name in ('sgd', 'sam'))
 QUICK = ['max_duration=1ep', 'trainer.progress_bar=false']
 
+# Also what it holds already: packages may be found there only.
+PATH = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get('PYTHONPATH')]))
+
 
 def run(*arguments: str, launcher: tuple[str, ...] = (sys.executable,), **options: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(REPOSITORY), **options}
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': PATH, **options}
     return subprocess.Popen(
         [*launcher, '-m', 'composer_sam', *arguments],
         env=environment,
@@ -163,7 +166,7 @@ def test_an_interrupt_ends_compare_and_its_runs_quietly(tmp_path: Path) -> None:
             *(sys.executable, '-m', 'composer_sam', 'compare', SGD, SAM, '--out', str(tmp_path / 'out')),
             *('max_duration=100000ep', f'save_folder={tmp_path}/runs', '--jobs', '2'),
         ],
-        env={**os.environ, 'PYTHONPATH': str(REPOSITORY)},
+        env={**os.environ, 'PYTHONPATH': PATH},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,

@@ -84,7 +84,7 @@ def gam(
     g0 = gradient(w)
     e0 = ascent(g0, grad_rho, epsilon, t(w))
     g1 = gradient(w + e0)
-    e1 = ascent(g1 - g0, grad_norm_rho, epsilon, t(w + e0))
+    e1 = ascent(g1 - g0, grad_norm_rho, epsilon, t(w))
     g2 = gradient(w + e1)
     e2 = ascent(g2, grad_rho, epsilon, t(w + e1))
     g3 = gradient(w + e1 + e2)

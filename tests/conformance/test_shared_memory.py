@@ -1,0 +1,49 @@
+"""Closures that leave every pass's gradient in the same memory, as a captured CUDA graph does.
+
+On the CPU that is wrong for every method: where the gradient was, the perturbed weights are during the next pass.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from composer_sam import SharpnessAwareOptimizer, registry
+from tests.problems import BASES, batches, needs_graph, network, same
+
+
+@pytest.mark.parametrize('copies', [True, False])
+@pytest.mark.parametrize('name', [name for name in registry if not needs_graph(name)])
+def test_a_gradient_overwritten_by_the_next_pass_is_noticed(name: str, copies: bool) -> None:
+    model, expected = network(dropout=0.0), network(dropout=0.0)
+    static = [torch.empty_like(p) for p in model.parameters()]
+    x, y = batches(1)[0]
+    optimizer = SharpnessAwareOptimizer(BASES['SGD'](model.parameters()), registry[name](), model)
+    by_backward = SharpnessAwareOptimizer(BASES['SGD'](expected.parameters()), registry[name](), expected)
+
+    def replay() -> torch.Tensor:
+        loss = nn.functional.cross_entropy(model(x), y)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        for parameter, memory, gradient in zip(model.parameters(), static, gradients, strict=True):
+            memory.copy_(gradient)
+            parameter.grad = memory.clone() if copies else memory
+        return loss
+
+    def backward() -> torch.Tensor:
+        by_backward.zero_grad()
+        loss = nn.functional.cross_entropy(expected(x), y)
+        loss.backward()
+        return loss
+
+    before = copy.deepcopy(model.state_dict())
+    by_backward.step(backward)
+    if copies:
+        optimizer.step(replay)
+        assert same(list(model.parameters()), list(expected.parameters()))
+    else:
+        with pytest.raises(ValueError, match='two passes left their gradients in the same memory'):
+            optimizer.step(replay)
+        assert same(before, model.state_dict())
