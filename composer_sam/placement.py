@@ -50,8 +50,7 @@ class Placement:
         self._plain = layout.plain
         self._exchange = exchange and _own_storage(layout.parameters)
         self._exchanged: list[tuple[Tensor, Tensor]] = []
-        self._saved: dict[int, tuple[Tensor, Tensor]] = {}
-        self._moved = False
+        self._saved: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
     def place(self, offset: Vector) -> None:
@@ -76,9 +75,13 @@ class Placement:
             for (parameter, _), value in zip(exchanged, values, strict=True):
                 parameter.data = value
         if copied:
-            self._save(list(copied))
-            self._moved = True
-            torch._foreach_add_([self._saved[where][0] for where in copied], list(copied.values()))
+            targets = [self._parameters[where] for where in copied]
+            if not self._plain:
+                targets = [real(target) for target in targets]
+            copies = [torch.empty_like(target) for target in targets]
+            torch._foreach_copy_(copies, targets)
+            self._saved = list(zip(targets, copies, strict=True))
+            torch._foreach_add_(targets, list(copied.values()))
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -86,21 +89,11 @@ class Placement:
         for parameter, original in self._exchanged:
             parameter.data = original
         self._exchanged = []
-        if self._moved:
-            targets, copies = zip(*self._saved.values(), strict=True)
+        if self._saved:
+            targets, copies = zip(*self._saved, strict=True)
             torch._foreach_copy_(targets, copies)
-            self._moved = False
-
-    def _save(self, wanted: list[int]) -> None:
-        """Copy w, once per step: a later pass of the same step needs no second copy."""
-        missing = [where for where in wanted if where not in self._saved]
-        if missing:
-            targets = [self._parameters[where] for where in missing]
-            if not self._plain:
-                targets = [real(target) for target in targets]
-            copies = [torch.empty_like(target) for target in targets]
-            torch._foreach_copy_(copies, targets)
-            self._saved.update(zip(missing, zip(targets, copies, strict=True), strict=True))
+            # Saved again for the next pass: between passes the memory is the method's.
+            self._saved = []
 
 
 def real(parameter: Tensor) -> Tensor:

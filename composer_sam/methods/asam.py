@@ -30,7 +30,7 @@ class ASAM(SharpnessAware):
         epsilon: added to the norm, :math:`\epsilon \ge 0`. Per group if set there.
 
     Passes and memory:
-        2 passes per perturbing step, two copies of the parameters at the peak (T and the perturbed weights), nothing
+        2 passes per perturbing step, one copy of the parameters at the peak, nothing
         between steps.
 
     Departures:
@@ -53,7 +53,7 @@ class ASAM(SharpnessAware):
     epsilon: Number = hyperparameter(1e-16, ge=0)
 
     paper: ClassVar[str] = 'Kwon et al., ICML 2021, https://arxiv.org/abs/2102.11600'
-    extra_copies: ClassVar[int] = 2
+    extra_copies: ClassVar[int] = 1
 
     def direction(self, step: Step) -> Passes:
         grad = yield Pass(sync=self.sync_first_pass)
