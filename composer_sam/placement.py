@@ -56,32 +56,30 @@ class Placement:
     def place(self, offset: Vector) -> None:
         """Put the weights at w + offset. A donated offset's memory is used up."""
         exchanged: list[tuple[Tensor, Tensor]] = []
-        copied: dict[int, Tensor] = {}
-        for value, where in zip(offset.values, offset.where, strict=True):
+        copied: list[tuple[Tensor, Tensor]] = []
+        donated = offset.donated
+        values, factor = offset.take()
+        for value, where in zip(values, offset.where, strict=True):
             parameter = self._parameters[where]
             if self._exchange and exchangeable(parameter) and value.stride() == parameter.stride():
                 exchanged.append((parameter, value))
             else:
-                copied[where] = value
+                copied.append((parameter if self._plain else real(parameter), value))
         if exchanged:
-            originals = [parameter.data for parameter, _ in exchanged]
-            values = [value for _, value in exchanged]
-            if offset.donated:
-                torch._foreach_add_(values, originals)
-            else:
-                values = torch._foreach_add(values, originals)
+            parameters, offsets = [p for p, _ in exchanged], [value for _, value in exchanged]
+            originals = [parameter.data for parameter in parameters]
+            places = offsets if donated else [torch.empty_like(value) for value in offsets]
+            _sum(originals, offsets, factor, out=places)
             # Noted before the first parameter moves, so that restore() is right wherever an interrupt falls.
-            self._exchanged = [(p, original) for (p, _), original in zip(exchanged, originals, strict=True)]
-            for (parameter, _), value in zip(exchanged, values, strict=True):
-                parameter.data = value
+            self._exchanged = list(zip(parameters, originals, strict=True))
+            for parameter, place in zip(parameters, places, strict=True):
+                parameter.data = place
         if copied:
-            targets = [self._parameters[where] for where in copied]
-            if not self._plain:
-                targets = [real(target) for target in targets]
+            targets, offsets = [target for target, _ in copied], [value for _, value in copied]
             copies = [torch.empty_like(target) for target in targets]
             torch._foreach_copy_(copies, targets)
             self._saved = list(zip(targets, copies, strict=True))
-            torch._foreach_add_(targets, list(copied.values()))
+            _sum(targets, offsets, factor, out=targets)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -90,8 +88,7 @@ class Placement:
             parameter.data = original
         self._exchanged = []
         if self._saved:
-            targets, copies = zip(*self._saved, strict=True)
-            torch._foreach_copy_(targets, copies)
+            torch._foreach_copy_([target for target, _ in self._saved], [copy for _, copy in self._saved])
             # Saved again for the next pass: between passes the memory is the method's.
             self._saved = []
 
@@ -106,3 +103,19 @@ def _own_storage(parameters: tuple[Tensor, ...]) -> bool:
     """False where two parameters lie in the same storage: an exchange would untie them for the pass."""
     addresses = [p.data_ptr() for p in parameters if type(p) in _PLAIN and p.device.type == 'cpu' and p.numel()]
     return len(addresses) == len(set(addresses))
+
+
+def _sum(weights: list[Tensor], offsets: list[Tensor], factor: Tensor | None, out: list[Tensor]) -> None:
+    """``out = weights + factor * offsets``; ``out`` may be the memory of either.
+
+    Both ways of placing come here and call the same kernels, so their bits are the same. A factor lies in the CPU's
+    memory: reading it waits for nothing.
+    """
+    if factor is None and out is weights:
+        torch._foreach_add_(out, offsets)
+    elif factor is None and out is offsets:
+        torch._foreach_add_(out, weights)
+    else:
+        alpha = 1 if factor is None else factor.item()
+        for weight, offset, place in zip(weights, offsets, out, strict=True):
+            torch.add(weight, offset, alpha=alpha, out=place)

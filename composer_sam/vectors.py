@@ -65,19 +65,41 @@ class Vector:
         donated: the memory may be overwritten by the next operation, see :meth:`donate`.
     """
 
-    __slots__ = ('_values', 'donated', 'layout', 'where')
+    __slots__ = ('_factor', '_values', 'donated', 'layout', 'where')
 
     def __init__(self, values: Sequence[Tensor], where: Sequence[int], layout: Layout, donated: bool = False):
         self._values: list[Tensor] | None = list(values)
         self.where = tuple(where)
         self.layout = layout
         self.donated = donated
+        self._factor: Tensor | None = None  # by which the values are still to be multiplied, see :meth:`times`
 
     @property
     def values(self) -> list[Tensor]:
         if self._values is None:
             raise RuntimeError('this vector was donated: its memory has been reused, so it cannot be read any more')
+        if self._factor is not None:
+            factor, self._factor = self._factor, None
+            torch._foreach_mul_(self._values, factor)
         return self._values
+
+    def times(self, factor: Tensor) -> Vector:
+        """This donated vector times a factor in the CPU's memory, multiplied out when somebody reads it.
+
+        Placing the weights does not read it: it multiplies and adds in one pass over the memory, which is what a step
+        on the CPU waits for.
+        """
+        product = self.like(self.values)
+        product._factor = factor
+        return product
+
+    def take(self) -> tuple[list[Tensor], Tensor | None]:
+        """The tensors, and the factor by which they are still to be multiplied; a donated vector gives them up."""
+        if not self.donated:
+            return self.values, None
+        factor, self._factor = self._factor, None
+        values, self._values = self.values, None
+        return values, factor
 
     def donate(self) -> Vector:
         """Hand the memory to one operation, which may overwrite it; this vector can no longer be read.
@@ -86,7 +108,9 @@ class Vector:
         ``to_radius(grad.donate(), rho)`` scales the gradient where it lies. The operation's result is an ordinary
         vector again.
         """
+        factor, self._factor = self._factor, None
         moved = Vector(self.values, self.where, self.layout, donated=True)
+        moved._factor = factor
         self._values = None
         return moved
 
@@ -140,6 +164,8 @@ def scale(x: Vector, factor: Coefficient) -> Vector:
     half = any(value.dtype in _HALF for value in x.values)
     if not x.donated and not half and not isinstance(factor, PerParameter):
         return x.like(_multi(torch._foreach_mul, x.values, factor))
+    if x.donated and not half and x.values and isinstance(factor, Tensor) and factor.device.type == 'cpu':
+        return x.times(factor)
     values = x.values if x.donated else [value.clone() for value in x.values]
     for chosen, c in _by_factor(values, x.where, factor):
         if half and isinstance(c, Tensor):
