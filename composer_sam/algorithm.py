@@ -20,7 +20,7 @@ from composer.optim import ComposerScheduler
 from composer_sam.controls import TrainerControl
 from composer_sam.grad_scaler import GradScaler
 from composer_sam.selection import Selection, check_selection
-from composer_sam.step import Passes, Step, count_passes
+from composer_sam.step import Passes, Step, count
 from composer_sam.vectors import PerParameter, each
 
 __all__ = ['Moment', 'SharpnessAware', 'choice', 'hyperparameter']
@@ -98,7 +98,7 @@ class SharpnessAware(Algorithm):
     @functools.cached_property
     def passes(self) -> int:
         """Forward-backward passes of a perturbing step, counted on the rule itself."""
-        return count_passes(self)
+        return count(self).passes
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -148,10 +148,11 @@ def _methods(options: argparse.Namespace) -> int:
     from composer_sam.methods import table
 
     # Not folded to the terminal's width, so that papers' addresses stay whole.
-    line = '{:<14}{:<8}{:<13}{}'
-    print(line.format('name', 'passes', 'collectives', 'paper'))
+    line = '{:<14}{:<8}{:<14}{:<13}{}'
+    print(line.format('name', 'passes', 'extra-memory', 'collectives', 'paper'))
     for row in table():
-        print(line.format(row['name'], row['passes'], row['collectives'], row['paper']))
+        memory = f'{row["extra_copies"]} x weights'
+        print(line.format(row['name'], row['passes'], memory, row['collectives'], row['paper']))
         print('  ' + ', '.join(f'{name}={default!r}' for name, default in row['hyperparameters'].items()))
     return OK
 

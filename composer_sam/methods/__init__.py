@@ -7,8 +7,6 @@ import inspect
 import warnings
 from typing import Any
 
-from torch import nn
-
 from composer_sam.algorithm import SharpnessAware
 from composer_sam.methods.asam import ASAM
 from composer_sam.methods.gam import GAM
@@ -17,8 +15,7 @@ from composer_sam.methods.sam_direction import SAMDirection
 from composer_sam.methods.sam_magnitude import SAMMagnitude
 from composer_sam.methods.sgd_hess import SGDHess
 from composer_sam.methods.wsam import WSAM
-from composer_sam.step import Step
-from composer_sam.vectors import Vector
+from composer_sam.step import count
 
 __all__ = ['ASAM', 'GAM', 'SAM', 'WSAM', 'SAMDirection', 'SAMMagnitude', 'SGDHess', 'registry', 'table']
 
@@ -31,7 +28,8 @@ def table() -> list[dict[str, Any]]:
     """One row per method.
 
     ``passes`` and ``collectives`` (exchanges of gradients over ranks under DistributedDataParallel) are those of a
-    perturbing step, counted on the rule itself; ``hyperparameters`` are those of its own, by name, with their defaults.
+    perturbing step, counted on the rule itself. ``extra_copies`` of the parameters is what the step adds to the base
+    step's memory at the peak. ``hyperparameters`` are those of its own, by name, with their defaults.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message=r'Using backward\(\) with create_graph')  # the step ends the graph
@@ -43,7 +41,8 @@ def _table_row(name: str, method: type[SharpnessAware]) -> dict[str, Any]:
         'name': name,
         'summary': (inspect.getdoc(method) or '').splitlines()[0],
         'passes': method().passes,
-        'collectives': _collectives(method()),
+        'collectives': count(method()).collectives,
+        'extra_copies': method.extra_copies,
         'hyperparameters': {field.name: field.default for field in own_fields(method)},
         'paper': method.paper,
     }
@@ -53,27 +52,3 @@ def own_fields(method: type[SharpnessAware]) -> list[dataclasses.Field]:
     """The hyper-parameters a method declares itself, without those that all methods have."""
     shared = {field.name for field in dataclasses.fields(SharpnessAware)}
     return [field for field in dataclasses.fields(method) if field.name not in shared]
-
-
-class _CountingStep(Step):
-    """A step that counts the averages over ranks its method asks for."""
-
-    averages = 0
-
-    def mean(self, x: Vector) -> Vector:
-        self.averages += 1
-        return x
-
-
-def _collectives(method: SharpnessAware) -> int:
-    """Exchanges of gradients in a step: one per synchronised backward and per average, found by running the rule."""
-    model = nn.Linear(1, 1, device='meta').to_empty(device='cpu')  # initialising would draw random numbers
-    for parameter in model.parameters():
-        nn.init.ones_(parameter)
-    backwards = 0
-    step = _CountingStep(method, list(model.parameters()), {}, model)
-    with step:
-        for request in step.passes():
-            model(next(model.parameters()).new_ones(3, 1)).square().sum().backward(create_graph=request.graph)
-            backwards += request.sync
-    return backwards + step.averages

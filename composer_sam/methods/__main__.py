@@ -19,8 +19,9 @@ rules themselves are in the docstrings, `help(composer_sam.SAM)`, and in `compos
 """
 _COLUMNS = """
 Passes are forward-backward passes of a perturbing step, and collectives are its exchanges of gradients over the ranks
-of DistributedDataParallel, where an ordinary step has one. Both are counted on the rules. Memory is measured by
-`benchmarks/memory.py`.
+of DistributedDataParallel, where an ordinary step has one. Both are counted on the rules. Memory is what it adds to the
+base step's at the peak, in copies of the parameters, as `benchmarks/memory.py` measures it; between steps nothing is
+held. SGDHess's comes on top of the graph that its backward keeps.
 """
 _SHARED = """
 ## What every method takes
@@ -31,10 +32,10 @@ SGDHess refuses `sync_first_pass`: it averages its gradient and the curvature ov
 
 def document() -> str:
     """The page."""
-    parts = [_HEAD, '\n', _rows('method', 'passes', 'collectives', 'what it is')]
+    parts = [_HEAD, '\n', _rows('method', 'passes', 'memory', 'collectives', 'what it is')]
     for row in table():
         link = f'[{row["name"]}](#{row["name"].lower()})'
-        parts.append(_row(link, row['passes'], row['collectives'], row['summary']))
+        parts.append(_row(link, row['passes'], row['extra_copies'], row['collectives'], row['summary']))
     parts.append(_COLUMNS)
     for row in table():
         method = registry[row['name']]

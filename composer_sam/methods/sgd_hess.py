@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
-from composer_sam.algorithm import SharpnessAware, hyperparameter
+from composer_sam.algorithm import Moment, SharpnessAware, hyperparameter
 from composer_sam.step import Direction, Pass, Passes, Step
 from composer_sam.vectors import Number, absolute, add, multiply, rademacher, scale, spatial_mean
 
@@ -53,6 +55,7 @@ class SGDHess(SharpnessAware):
 
     paper: ClassVar[str] = 'Luong, 2024, after Yao et al., https://arxiv.org/abs/2006.00719'
     extra_copies: ClassVar[int] = 4
+    _excluded = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,15 +70,27 @@ class SGDHess(SharpnessAware):
     def backwards_create_graph(self) -> bool:
         return True
 
+    def perturbs(self, moment: Moment) -> bool:
+        # Excluded steps too are taken here: a gradient with a graph cannot be averaged by DistributedDataParallel.
+        return True
+
+    def resolved(self, moment: Moment, groups: Sequence[tuple[dict[str, Any], int]]) -> SharpnessAware:
+        method = copy.copy(cast(SGDHess, super().resolved(moment, groups)))
+        method._excluded = not super().perturbs(moment)
+        return method
+
     def direction(self, step: Step) -> Passes:
-        if 'curvature' in step.memory and step.number % self.interval_hessian:
-            grad = yield Pass()
-            curvature = step.memory['curvature']
+        kept = 'curvature' in step.memory and step.number % self.interval_hessian
+        if self._excluded or kept:
+            grad = yield Pass(sync=False)
+            grad = step.mean(grad)
         else:
             grad = yield Pass(sync=False, graph=True)
             grad, product = step.hessian_product(grad, rademacher(step.layout, seed=step.number))
             grad, product = step.mean(grad), step.mean(product)
-            curvature = spatial_mean(absolute(step.selected(product)))
+        if self._excluded:
+            return Direction(grad)
+        curvature = step.memory['curvature'] if kept else spatial_mean(absolute(step.selected(product)))
         if self.interval_hessian > 1:
             step.staged['curvature'] = curvature
         return Direction(add(scale(multiply(curvature, grad), self.rho), grad))

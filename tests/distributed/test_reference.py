@@ -111,6 +111,21 @@ def test_two_ranks_follow_the_published_rule(name: str) -> None:
 
 
 @two_ranks
+@pytest.mark.parametrize('values', [{'interval': 3}, {'interval_hessian': 3}, {'start': '2ba', 'end': '5ba'}])
+def test_a_differentiable_backward_is_averaged_on_the_steps_in_between(values: dict[str, Any]) -> None:
+    """DistributedDataParallel cannot average a gradient that has a graph; equal data must then equal one process."""
+    model, one = DistributedDataParallel(Network()), Network()
+    train(model, registry['SGDHess'](rho=0.5, **values), batches(0))
+    train(one, registry['SGDHess'](rho=0.5, **values), batches(0))
+    assert_close(flat(model), flat(one), rtol=1e-10, atol=1e-12)
+    apart = DistributedDataParallel(Network())
+    train(apart, registry['SGDHess'](rho=0.5, **values), batches(dist.get_rank()))
+    weights = [torch.empty_like(flat(apart)) for _ in range(WORLD_SIZE)]
+    dist.all_gather(weights, flat(apart))
+    assert torch.equal(*weights)
+
+
+@two_ranks
 @pytest.mark.parametrize('name', sorted(COLLECTIVES))
 def test_a_step_takes_as_many_collectives_as_its_rule_needs(name: str) -> None:
     model = DistributedDataParallel(Network())

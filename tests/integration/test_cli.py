@@ -123,7 +123,7 @@ def test_training_that_fails_is_exit_code_1(capsys: pytest.CaptureFixture[str]) 
 def test_methods_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(['methods']) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ['name', 'passes', 'collectives', 'paper']
+    assert lines[0].split() == ['name', 'passes', 'extra-memory', 'collectives', 'paper']
     assert [line.split()[0] for line in lines[1::2]] == list(registry)
     assert lines[1].split()[:3] == ['SAM', '2', '1']
     assert lines[2] == '  rho=0.05, epsilon=1e-12, adaptive=False'
