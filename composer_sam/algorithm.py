@@ -18,9 +18,10 @@ from composer.loggers import Logger
 from composer.optim import ComposerScheduler
 
 from composer_sam.controls import TrainerControl
+from composer_sam.counting import count
 from composer_sam.grad_scaler import GradScaler
 from composer_sam.selection import Selection, check_selection
-from composer_sam.step import Passes, Step, count
+from composer_sam.step import Passes, Step
 from composer_sam.vectors import PerParameter, each
 
 __all__ = ['Moment', 'SharpnessAware', 'choice', 'hyperparameter']

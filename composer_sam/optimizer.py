@@ -373,16 +373,9 @@ def _rebuild(base: Any, method: Any, model: Any, grad_scaler: Any, steps_taken: 
     return optimizer
 
 
-@functools.lru_cache(maxsize=64)
-def _code_takes(code: Any, name: str) -> bool:
-    return name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-
-
 def _takes(closure: Callable[..., Any], name: str) -> bool:
-    """Whether the closure has a parameter ``name``."""
-    closure = inspect.unwrap(closure)
-    code = getattr(closure, '__code__', None)
-    return name in inspect.signature(closure).parameters if code is None else _code_takes(code, name)
+    """Whether the closure, or the one a decorator wraps, has a parameter ``name``."""
+    return name in inspect.signature(closure).parameters
 
 
 def _check(base_optimizer: Any, method: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import weakref
 from collections.abc import Generator, Iterator, Mapping
@@ -20,7 +19,7 @@ from composer_sam.placement import Placement, real
 from composer_sam.selection import Selection, names_of, select
 from composer_sam.vectors import Number, PerParameter, Vector, add, restrict, scale, to_radius
 
-__all__ = ['PLAIN', 'Direction', 'Method', 'Pass', 'Passes', 'Step', 'count']
+__all__ = ['PLAIN', 'Direction', 'Method', 'Pass', 'Passes', 'Step']
 
 # Method state lies beside the base optimizer's own, under keys no optimizer uses.
 MEMORY_PREFIX = 'sharpness_aware.'
@@ -341,40 +340,6 @@ class Step:
     @property
     def _everywhere(self) -> range:
         return range(len(self.layout.parameters))
-
-
-@dataclass
-class Count:
-    """What one step of a method takes: passes, and exchanges of gradients under DistributedDataParallel."""
-
-    passes: int = 0
-    collectives: int = 0
-
-
-class _CountingStep(Step):
-    averages = 0
-
-    def mean(self, x: Vector) -> Vector:
-        self.averages += 1
-        return super().mean(x)
-
-
-def count(method: Method) -> Count:
-    """Count on the rule itself, by running it on a model of one weight and one bias."""
-    model = nn.Linear(1, 1, device='meta').to_empty(device='cpu')  # initialising would draw random numbers
-    for parameter in model.parameters():
-        nn.init.ones_(parameter)
-    selected = copy.copy(method)
-    selected.parameters = None
-    found = Count()
-    step = _CountingStep(selected, Layout(list(model.parameters())), {}, model)
-    with step:
-        for request in step.passes():
-            model(torch.ones(3, 1)).square().sum().backward(create_graph=request.graph)
-            found.passes += 1
-            found.collectives += request.sync
-        found.collectives += step.averages
-    return found
 
 
 def _own_memory(gradient: Tensor, parameter: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 from composer_sam.algorithm import SharpnessAware
+from composer_sam.counting import count
 from composer_sam.methods.asam import ASAM
 from composer_sam.methods.gam import GAM
 from composer_sam.methods.sam import SAM
@@ -15,7 +16,6 @@ from composer_sam.methods.sam_direction import SAMDirection
 from composer_sam.methods.sam_magnitude import SAMMagnitude
 from composer_sam.methods.sgd_hess import SGDHess
 from composer_sam.methods.wsam import WSAM
-from composer_sam.step import count
 
 __all__ = ['ASAM', 'GAM', 'SAM', 'WSAM', 'SAMDirection', 'SAMMagnitude', 'SGDHess', 'registry', 'table']
 
