@@ -28,6 +28,8 @@ class TwoCalls:
         self._optimizer = weakref.proxy(optimizer)
         self._passes: Any = None
         self._plain: list[tuple[Tensor, Tensor]] | None = None
+        # A plain step needs no second pass: what the user's second forward draws and counts is taken back.
+        self._plain_controls: tuple[Control, ...] = ()
         self._pending = False
         self._watch = None
         if optimizer.model is not None and optimizer.trainer is None:
@@ -58,7 +60,8 @@ class TwoCalls:
             )
         gradients = self._gradients('first_step()')
         kept = [] if zero_grad else [(parameter, gradient.clone()) for parameter, gradient in gradients]
-        passes = optimizer.run(controls=() if self._watch is None else self._watch.take())
+        controls = () if self._watch is None else self._watch.take()
+        passes = optimizer.run(controls=controls)
         try:
             plain = next(passes) is PLAIN
             _put(gradients)  # beginning a step drops the gradients from before it
@@ -68,6 +71,9 @@ class TwoCalls:
             raise
         self._passes = None if ended else passes
         self._plain = gradients if plain else None
+        self._plain_controls = (controls or optimizer.controls()) if plain else ()
+        for control in self._plain_controls:
+            control.first_pass_done()
         self._pending = True
         _put([(parameter, None) for parameter, _ in gradients])
         _put(kept)
@@ -88,6 +94,8 @@ class TwoCalls:
         if self._plain is not None:
             _put([(parameter, None) for parameter, _ in second])
             _put(self._plain)
+        for control in self._plain_controls:
+            control.settle()
         passes, self._passes, self._plain, self._pending = self._passes, None, None, False
         try:
             next(passes, None)
