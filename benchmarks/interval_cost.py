@@ -54,7 +54,8 @@ def _figures(own: Sequence[float], base: Sequence[float], interval: int) -> tupl
     ratios = [chunk / sum(base[i : i + interval]) for chunk, i in zip(chunks, starts, strict=True)]
     plain = [a / b for index, (a, b) in enumerate(zip(own, base, strict=True)) if (index + 1) % interval]
     average = [1e3 * chunk / interval for chunk in chunks]
-    return median(average), spread(average), median(ratios), spread(ratios), median(plain), spread(plain)
+    without = (median(plain), spread(plain)) if plain else (None, None)  # at interval 1 every step perturbs
+    return median(average), spread(average), median(ratios), spread(ratios), *without
 
 
 def main() -> None:
