@@ -26,6 +26,32 @@ def test_sam_values(values: dict[str, Any], message: str) -> None:
         SAM(**values)
 
 
+@pytest.mark.parametrize(
+    ('name', 'values', 'message'),
+    [
+        ('WSAM', {'gamma': 1.0}, 'gamma must be a finite number >= 0 and < 1, got 1.0'),
+        ('WSAM', {'gamma': -0.1}, 'gamma must be a finite number >= 0 and < 1, got -0.1'),
+        ('WSAM', {'max_norm': 0}, 'max_norm must be a finite number > 0, got 0'),
+        ('WSAM', {'decouple': 'no'}, "decouple must be true or false, got 'no'"),
+        ('GAM', {'grad_rho': -0.02}, 'grad_rho must be a finite number > 0, got -0.02'),
+        ('GAM', {'grad_norm_rho': 0.0}, 'grad_norm_rho must be a finite number > 0, got 0.0'),
+        ('GAM', {'grad_beta_2': float('nan')}, 'grad_beta_2 must be a finite number, got nan'),
+        ('ASAM', {'eta': -1}, 'eta must be a finite number >= 0, got -1'),
+        (
+            'SAMDirection',
+            {'granularity': 'layer'},
+            "granularity must be one of global, tensor, elementwise, got 'layer'",
+        ),
+        ('SAMMagnitude', {'granularity': None}, 'granularity must be one of global, tensor, elementwise, got None'),
+        ('SGDHess', {'interval_hessian': 0}, 'interval_hessian must be an integer >= 1, got 0'),
+        ('SGDHess', {'sync_first_pass': True}, 'sync_first_pass=True means nothing to SGDHess'),
+    ],
+)
+def test_values_of_the_other_methods(name: str, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        registry[name](**values)
+
+
 @pytest.mark.parametrize('name', sorted(registry))
 @pytest.mark.parametrize(
     ('values', 'message'),
