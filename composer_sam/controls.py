@@ -97,7 +97,7 @@ class BufferControl:
     def __init__(self, model: nn.Module):
         self._slots = [
             (module._buffers, name)
-            for module in _modules(model)
+            for module in model.modules()
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
@@ -199,18 +199,6 @@ class TrainerControl:
         # The trainer itself clears metrics and records before it tries a batch again.
         self.settle()
         tree_map(_write_back, self._microbatches, self._pristine)
-
-
-def _modules(model: nn.Module) -> list[nn.Module]:
-    """All modules, each once. ``model.modules()`` does the same but takes longer than all the rest here."""
-    found: dict[int, nn.Module] = {}
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        if id(module) not in found:
-            found[id(module)] = module
-            waiting += [child for child in module._modules.values() if child is not None]
-    return list(found.values())
 
 
 def _clone(item: Any) -> Any:

@@ -129,7 +129,8 @@ class Step:
 
     def weights(self, at: Vector | None = None) -> Vector:
         """The weights w, or w + at. They are read, never written."""
-        w = Vector([real(parameter.detach()) for parameter in self.layout.parameters], self._everywhere, self.layout)
+        parameters = self.layout.parameters
+        w = Vector([real(parameter.detach()) for parameter in parameters], range(len(parameters)), self.layout)
         return w if at is None else add(at, w)
 
     def names(self, wanted_by: str) -> list[str]:
@@ -336,10 +337,6 @@ class Step:
             (self.layout.parameters[where], _shaped_like(self.layout.parameters[where], value))
             for value, where in pairs
         ]
-
-    @property
-    def _everywhere(self) -> range:
-        return range(len(self.layout.parameters))
 
 
 def _own_memory(gradient: Tensor, parameter: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ class TwoCalls:
             _put(self._plain)
         for control in self._plain_controls:
             control.settle()
-        passes, self._passes, self._plain, self._pending = self._passes, None, None, False
+        passes = self._end()
         try:
             next(passes, None)
         finally:
@@ -106,10 +106,18 @@ class TwoCalls:
             optimizer.zero_grad()
 
     def abandon(self) -> None:
-        passes, self._passes, self._plain, self._pending = self._passes, None, None, False
+        for control in self._plain_controls:
+            control.rollback()
+        passes = self._end()
         if passes is not None:
             passes.close()
         self._rearm()
+
+    def _end(self) -> Any:
+        """Hold nothing of the step any more, and return its passes."""
+        passes, self._passes, self._plain, self._plain_controls = self._passes, None, None, ()
+        self._pending = False
+        return passes
 
     def _rearm(self) -> None:
         if self._watch is not None:

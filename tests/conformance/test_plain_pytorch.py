@@ -187,6 +187,18 @@ def test_calls_out_of_order_name_the_one_that_was_missed() -> None:
     assert same(before, snapshot(model, optimizer))
 
 
+def test_abandoning_a_plain_step_takes_back_what_its_forwards_drew_and_counted() -> None:
+    model = network(dropout=0.4)
+    optimizer = SharpnessAwareOptimizer(BASES['SGD'](model.parameters()), SAM(interval=2), model)
+    scaler = torch.amp.GradScaler('cpu', enabled=False)
+    before = snapshot(model, optimizer)
+    backward(model, batches(1)[0], scaler, False)
+    optimizer.first_step(zero_grad=True)
+    backward(model, batches(1)[0], scaler, False)
+    optimizer.abandon_step()
+    assert same(before, snapshot(model, optimizer))
+
+
 def test_first_step_leaves_the_gradient_if_it_is_not_to_be_zeroed() -> None:
     model = network(dropout=0.0)
     optimizer = SharpnessAwareOptimizer(BASES['SGD'](model.parameters()), SAM(), model)

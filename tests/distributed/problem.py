@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from pair import WORLD_SIZE
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from composer_sam import SharpnessAwareOptimizer, registry
 
@@ -22,6 +26,7 @@ __all__ = [
     'batches',
     'bits',
     'closure_for',
+    'counted_reductions',
     'flat',
     'sam_by_hand',
     'train',
@@ -117,6 +122,31 @@ def train(
     for batch in data:
         wrapper.step(closure_for(wrapper, model, batch))
     return wrapper
+
+
+@contextlib.contextmanager
+def counted_reductions(model: DistributedDataParallel) -> Iterator[list[str]]:
+    """A list that grows by 'gradients' with every synchronised backward and by 'engine' with every other reduction."""
+    reductions: list[str] = []
+
+    def counted(group, bucket):  # DistributedDataParallel takes no annotations given as strings
+        if bucket.is_last():
+            reductions.append('gradients')
+        return allreduce_hook(group, bucket)
+
+    model.register_comm_hook(dist.group.WORLD, counted)
+    all_reduce = dist.all_reduce
+
+    def counted_too(*args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get('async_op'):  # that is how the hook reduces
+            reductions.append('engine')
+        return all_reduce(*args, **kwargs)
+
+    dist.all_reduce = counted_too
+    try:
+        yield reductions
+    finally:
+        dist.all_reduce = all_reduce
 
 
 def sam_by_hand(

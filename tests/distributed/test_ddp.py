@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import copy
 import random
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from pair import WORLD_SIZE, gathered, two_ranks
-from problem import METHODS, STEPS, SYNCHRONISED, Network, batches, bits, closure_for, flat, sam_by_hand, train, union
+from problem import (
+    METHODS,
+    STEPS,
+    SYNCHRONISED,
+    Network,
+    batches,
+    bits,
+    closure_for,
+    counted_reductions,
+    flat,
+    sam_by_hand,
+    train,
+    union,
+)
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
@@ -92,26 +103,8 @@ def test_gradient_as_bucket_view_changes_no_bit(name: str) -> None:
 def test_gradient_synchronisations_per_step(sync: bool) -> None:
     """One for SAM, not two: the first pass waits for nobody. Nor are there collectives of the engine's own."""
     model = DistributedDataParallel(Network())
-    reductions = []
-
-    def counted(group, bucket):  # DistributedDataParallel takes no annotations given as strings
-        if bucket.is_last():
-            reductions.append('gradients')
-        return allreduce_hook(group, bucket)
-
-    model.register_comm_hook(dist.group.WORLD, counted)
-    all_reduce = dist.all_reduce
-
-    def counted_too(*args: Any, **kwargs: Any) -> Any:
-        if not kwargs.get('async_op'):  # that is how the hook reduces
-            reductions.append('engine')
-        return all_reduce(*args, **kwargs)
-
-    dist.all_reduce = counted_too
-    try:
+    with counted_reductions(model) as reductions:
         train(model, SAM(interval=2, sync_first_pass=sync), batches(dist.get_rank(), 10))
-    finally:
-        dist.all_reduce = all_reduce
     assert reductions == ['gradients'] * (10 + 5 * sync), reductions
 
 

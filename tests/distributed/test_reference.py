@@ -9,9 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from pair import WORLD_SIZE, two_ranks
-from problem import STEPS, Network, batches, flat, train
+from problem import STEPS, Network, batches, counted_reductions, flat, train
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
@@ -129,24 +128,6 @@ def test_a_differentiable_backward_is_averaged_on_the_steps_in_between(values: d
 @pytest.mark.parametrize('name', sorted(COLLECTIVES))
 def test_a_step_takes_as_many_collectives_as_its_rule_needs(name: str) -> None:
     model = DistributedDataParallel(Network())
-    taken = []
-
-    def counted(group, bucket):  # DistributedDataParallel takes no annotations given as strings
-        if bucket.is_last():
-            taken.append('backward')
-        return allreduce_hook(group, bucket)
-
-    model.register_comm_hook(dist.group.WORLD, counted)
-    all_reduce = dist.all_reduce
-
-    def counted_too(*args: Any, **kwargs: Any) -> Any:
-        if not kwargs.get('async_op'):  # that is how the hook reduces
-            taken.append('engine')
-        return all_reduce(*args, **kwargs)
-
-    dist.all_reduce = counted_too
-    try:
+    with counted_reductions(model) as taken:
         train(model, registry[name](), batches(dist.get_rank(), 10))
-    finally:
-        dist.all_reduce = all_reduce
     assert len(taken) == 10 * COLLECTIVES[name], taken[:4]
