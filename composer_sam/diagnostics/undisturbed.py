@@ -1,0 +1,130 @@
+"""Measuring leaves no trace: everything a measurement could change is put back bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ['ModelState', 'RandomState', 'exact_kernels']
+
+# Where every pass starts its streams: a module that draws in evaluation mode too sees the same numbers each time.
+_SEED = 0
+_BITS = {4: torch.int32, 8: torch.int64}
+
+
+class RandomState:
+    """The random streams of Python, NumPy, torch's CPU and the CUDA devices given, as they are now."""
+
+    def __init__(self, devices: set[torch.device]):
+        self._cuda = [device for device in devices if device.type == 'cuda']
+        self._python = random.getstate()
+        self._numpy = np.random.get_state()  # noqa: NPY002 (the global stream is what libraries draw from)
+        self._cpu = torch.get_rng_state()
+        self._accelerators = [torch.cuda.get_rng_state(device) for device in self._cuda]
+
+    def fix(self) -> None:
+        """Start all streams at the same fixed seed."""
+        random.seed(_SEED)
+        np.random.seed(_SEED)  # noqa: NPY002
+        # Not torch.manual_seed: it also seeds devices whose streams are not kept here.
+        torch.default_generator.manual_seed(_SEED)
+        for device in self._cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(_SEED)
+
+    def restore(self) -> None:
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)  # noqa: NPY002
+        torch.set_rng_state(self._cpu)
+        for device, state in zip(self._cuda, self._accelerators, strict=True):
+            torch.cuda.set_rng_state(state, device)
+
+
+class ModelState:
+    """A module's weights, buffers, gradients, modes and ``requires_grad`` flags, as they are now.
+
+    Weights are copied; gradients are not: they are taken out of the parameters (``.grad`` is None) until
+    :meth:`restore` puts the same tensors back, so that nothing can add to them.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module):
+        self._modes = [(module, module.training) for module in model.modules()]
+        self._parameters = [
+            (parameter, parameter.data, parameter.detach().clone(), parameter.grad, parameter.requires_grad)
+            for parameter in model.parameters()
+        ]
+        # Modules change buffers in either way: what is in the tensor, and which tensor is registered.
+        self._buffers = [
+            (module._buffers, name, buffer, None if buffer is None else buffer.detach().clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+        ]
+        self._ddp = model if isinstance(model, DistributedDataParallel) else None
+        for parameter, *_ in self._parameters:
+            parameter.grad = None
+
+    def evaluate(self, model: nn.Module) -> None:
+        """Evaluation mode, and under DistributedDataParallel rank 0's buffers on all ranks, as in its forwards."""
+        if self._ddp is not None and self._ddp.will_sync_module_buffers():
+            self._ddp._sync_buffers()
+        model.eval()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for module, training in self._modes:
+            module.training = training
+        for buffers, name, buffer, copy in self._buffers:
+            buffers[name] = buffer
+            if buffer is not None and copy is not None:
+                _put_back(buffer, copy)
+        for parameter, data, copy, grad, requires_grad in self._parameters:
+            if parameter.data_ptr() != data.data_ptr():
+                parameter.data = data
+            _put_back(parameter, copy)
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+
+
+def _put_back(tensor: Tensor, copy: Tensor) -> None:
+    """Write only what differs: a write would end every graph the caller still holds on the tensor."""
+    width = _BITS.get(tensor.element_size())
+    same = torch.equal(tensor, copy) if width is None else torch.equal(_bits(tensor, width), _bits(copy, width))
+    if not same:
+        tensor.detach().copy_(copy)
+
+
+def _bits(tensor: Tensor, width: torch.dtype) -> Tensor:
+    # As numbers -0 equals 0, and NaN does not equal itself.
+    return tensor.detach() if tensor.is_complex() else tensor.detach().view(width)
+
+
+@contextlib.contextmanager
+def exact_kernels(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Kernels that compute in the weights' own precision, the same in every pass, and can be differentiated twice."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    precision = torch.get_float32_matmul_precision()
+    fast_attention = torch.backends.mha.get_fastpath_enabled()
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_float32_matmul_precision, precision)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_attention)
+        torch.set_float32_matmul_precision('highest')
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        if device.type == 'cuda':
+            # cuDNN has no backward of recurrent layers in evaluation mode, and no second one at all.
+            exact: dict[str, Any] = {'benchmark': False, 'deterministic': True, 'allow_tf32': False}
+            stack.enter_context(torch.backends.cudnn.flags(enabled=not recurrent, **exact))
+        if 'torch._dynamo' in sys.modules:
+            # Compiled graphs cannot be differentiated twice. Where nothing was compiled dynamo is not imported for it.
+            stack.enter_context(torch.compiler.set_stance('force_eager'))
+        yield
