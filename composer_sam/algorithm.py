@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar
@@ -14,10 +15,11 @@ from typing import Any, ClassVar
 from composer.algorithms import GradientClipping
 from composer.algorithms.sam import SAMOptimizer
 from composer.core import Algorithm, Event, Precision, State, Time, Timestamp, TimeUnit
+from composer.distributed import DDPSyncStrategy
 from composer.loggers import Logger
 from composer.optim import ComposerScheduler
 
-from composer_sam.controls import TrainerControl
+from composer_sam.controls import TrainerControl, closure_cell
 from composer_sam.counting import count
 from composer_sam.grad_scaler import GradScaler
 from composer_sam.selection import Selection, check_selection
@@ -79,6 +81,11 @@ class SharpnessAware(Algorithm):
         schedules: factors by which hyper-parameters are multiplied over time, by name: a Composer scheduler
             (``{'rho': CosineAnnealingScheduler()}``; needs a Trainer) or a callable of the timestamp. A factor of 0
             is allowed: the radius may start or end there.
+        on_nonfinite: what a step does about a loss or a gradient that is not finite, in any pass. ``'propagate'``: what
+            the base optimizer alone does, which is to step with it; the first such loss is reported in the log.
+            ``'skip'``: the step is skipped on all ranks, perturbed or not; weights, optimizer state and buffers stay as
+            they were, only the random streams go on. It costs a read of the gradient, a reduction of one number over
+            the ranks and a wait for the device per pass.
     """
 
     interval: int = 1
@@ -87,6 +94,7 @@ class SharpnessAware(Algorithm):
     sync_first_pass: bool = False
     parameters: Selection | None = None
     schedules: Mapping[str, Callable[..., float]] | None = None
+    on_nonfinite: str = choice('propagate', 'skip')
 
     paper: ClassVar[str] = ''
     extra_copies: ClassVar[int] = 1
@@ -250,11 +258,31 @@ class TrainerLink:
     def control(self, closure: Callable[..., Any]) -> TrainerControl:
         return TrainerControl(self._state, closure)
 
+    def unsynchronised(self, closure: Callable[..., Any]) -> Any:
+        """The context in which Composer's closure leaves gradients on their rank whatever ``ddp_sync_strategy`` says.
+
+        Called with ``ddp_sync=False`` it does so by itself, but for ``'forced_sync'``: there it reduces gradients by
+        hand after the backward.
+        """
+        cell = closure_cell(closure, 'self')
+        return contextlib.nullcontext() if cell is None else _no_forced_sync(cell.cell_contents)
+
     def direction_found(self) -> None:
         """Clip the direction, if the trainer clips gradients."""
         for algorithm in self._state.algorithms:
             if isinstance(algorithm, GradientClipping):
                 algorithm.apply(Event.AFTER_TRAIN_BATCH, self._state, None)  # pyright: ignore[reportArgumentType]
+
+
+@contextlib.contextmanager
+def _no_forced_sync(trainer: Any) -> Iterator[None]:
+    strategy = trainer._ddp_sync_strategy
+    if strategy == DDPSyncStrategy.FORCED_SYNC:
+        trainer._ddp_sync_strategy = DDPSyncStrategy.MULTI_AUTO_SYNC  # no context of its own inside Composer's no_sync
+    try:
+        yield
+    finally:
+        trainer._ddp_sync_strategy = strategy
 
 
 def _check_field(field: dataclasses.Field, value: Any) -> None:

@@ -2,8 +2,9 @@
 
 A control is made before the first pass and remembers how it found things. The step tells it ``first_pass_done()`` after
 the first pass, ``rewind()`` before each further pass, ``settle()`` when the passes are over and ``rollback()`` when the
-step failed. So every pass sees the same random numbers and the same buffers, and after the step all is as one ordinary
-pass would have left it, or, after a failure, as if the step had never begun.
+step failed; ``discard()`` instead of ``settle()`` says that the batch is to leave nothing behind but the random numbers
+it drew. So every pass sees the same random numbers and the same buffers, and after the step all is as one ordinary pass
+would have left it, or, after a failure, as if the step had never begun.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_map
 
 from composer_sam.distributed import replicas
 
-__all__ = ['BufferControl', 'Control', 'RandomControl', 'TrainerControl']
+__all__ = ['BufferControl', 'Control', 'RandomControl', 'TrainerControl', 'closure_cell']
 
 
 class Control(Protocol):
@@ -33,6 +34,8 @@ class Control(Protocol):
     def rewind(self) -> None: ...
 
     def settle(self) -> None: ...
+
+    def discard(self) -> None: ...
 
     def rollback(self) -> None: ...
 
@@ -58,6 +61,9 @@ class RandomControl:
     def settle(self) -> None:
         if self._after is not None:
             self._write(self._after)
+
+    def discard(self) -> None:
+        self.settle()
 
     def rollback(self) -> None:
         self._write(self._before)
@@ -123,6 +129,10 @@ class BufferControl:
             # A method that averages itself ends without a synchronised backward, after which nothing is handed out.
             self._ddp.require_forward_param_sync = True
 
+    def discard(self) -> None:
+        self.settle()
+        self._write(self._before)
+
     def rollback(self) -> None:
         self._write(self._found)
         if self._ddp is not None:
@@ -167,7 +177,7 @@ class TrainerControl:
         self._state = state
         self._metrics = state.train_metrics
         self._batch = state.batch
-        self._cell = _closure_cell(closure, 'microbatches')
+        self._cell = closure_cell(closure, 'microbatches')
         self._microbatches = None if self._cell is None else self._cell.cell_contents
         self._pristine = tree_map(_clone, self._microbatches)
         self._records: dict[str, Any] = {}
@@ -195,6 +205,9 @@ class TrainerControl:
             # Without its graph, which a differentiable backward would otherwise keep alive until the next batch.
             setattr(self._state, name, tree_map(_detached, value))
 
+    def discard(self) -> None:
+        self.settle()
+
     def rollback(self) -> None:
         # The trainer itself clears metrics and records before it tries a batch again.
         self.settle()
@@ -215,7 +228,7 @@ def _write_back(item: Any, pristine: Any) -> None:
         item.detach().copy_(pristine)
 
 
-def _closure_cell(closure: Any, name: str) -> Any:
+def closure_cell(closure: Any, name: str) -> Any:
     """The cell in which a closure keeps the variable ``name`` of the function that made it; None if it has none."""
     closure = inspect.unwrap(closure)
     code = getattr(closure, '__code__', None)

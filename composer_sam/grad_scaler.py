@@ -35,6 +35,7 @@ class GradScaler(torch.amp.GradScaler):
             loss = closure(*args, **options)
             return loss if finite(self, optimizer) else None
 
+        checked.checks_gradients = True  # pyright: ignore[reportAttributeAccessIssue]
         return optimizer.step(checked)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from composer_sam.algorithm import Moment, SharpnessAware
+from composer_sam.closures import Closure
 from composer_sam.controls import BufferControl, Control, RandomControl
 from composer_sam.distributed import Layout, replicas
 from composer_sam.grad_scaler import unscale
-from composer_sam.step import PLAIN, Pass, Step
+from composer_sam.nonfinite import NonFinite
+from composer_sam.step import PLAIN, Pass, PlainStep, Step
 from composer_sam.two_calls import TwoCalls
 
 __all__ = ['SharpnessAwareOptimizer']
@@ -54,7 +56,7 @@ class SharpnessAwareOptimizer(Optimizer):
     Attributes:
         steps_taken (int): steps so far, for ``interval``. It is not part of the base optimizer's state: when you resume
             a loop of your own, set it to the number of steps taken. Under a Trainer its timestamp counts instead.
-        skipped (bool): whether the last step was skipped because a gradient overflowed.
+        skipped (bool): whether the last step was skipped, because a gradient overflowed or was not finite.
 
     Raises:
         TypeError: ``base_optimizer`` is no torch optimizer or ``method`` no method.
@@ -103,6 +105,7 @@ class SharpnessAwareOptimizer(Optimizer):
         self.skipped = False
         self._step: Step | None = None
         self._layout: tuple[tuple[int, ...], Layout] | None = None
+        self._nonfinite = NonFinite(method.on_nonfinite)
         self._two_calls = TwoCalls(self)
         if trainer is None:
             method.check_without_trainer()
@@ -174,23 +177,17 @@ class SharpnessAwareOptimizer(Optimizer):
         """
         if closure is _MISSING or closure is None:
             return self._step_without_closure()
-        closure = torch.enable_grad()(closure) if not torch.is_grad_enabled() else closure
+        called = Closure(closure)
         self._two_calls.stop_watching()
-        composer = _takes(closure, 'loss_dict')
         first_loss: Any = None
         # Closed explicitly: the traceback of an error would keep the passes, and with them the perturbation, alive.
-        with contextlib.closing(self.run(closure if composer else None)) as passes:
+        with contextlib.closing(self.run(called)) as passes:
             for index, request in enumerate(passes):
-                if composer and request is not PLAIN:
-                    options = {'ddp_sync': request.sync} if index == 0 else {'ddp_sync': request.sync, 'loss_dict': {}}
-                    loss = closure(**options)
-                else:
-                    loss = closure()
+                loss = called(request, index)
                 if loss is None:
-                    if not composer:
-                        raise ValueError('the closure returned None: it must return the loss it called backward() on')
                     self._skip()
                     return None
+                self._nonfinite.see(loss, index)
                 if index == 0:
                     first_loss = loss.detach() if request.graph and isinstance(loss, Tensor) else loss
         return None if self.skipped else first_loss
@@ -262,17 +259,19 @@ class SharpnessAwareOptimizer(Optimizer):
 
     # How it is taken.
 
-    def run(self, closure: Any = None, controls: tuple[Control, ...] = ()) -> Generator[Pass, None, None]:
+    def run(self, closure: Closure | None = None, controls: tuple[Control, ...] = ()) -> Generator[Pass, None, None]:
         """The passes of one step; the step is taken when they are exhausted and undone when they are closed before."""
         if self._step is not None:
             raise ValueError('a step is already under way: its loop over passes() was neither finished nor left')
         moment = self._moment()
         self.skipped = False
-        if not self.method.perturbs(moment):
+        self._nonfinite.step = moment.batch
+        perturbs = self.method.perturbs(moment)
+        if not perturbs and not self._nonfinite.skips:
             yield PLAIN
             self._finish(None)
             return
-        method = self._resolved(moment)
+        method = self._resolved(moment) if perturbs else PlainStep()
         with Step(method, self._current_layout(), self.state, self.model, moment.batch) as step:
             step.guard(controls or self.controls(closure))
             self._step = step
@@ -280,7 +279,7 @@ class SharpnessAwareOptimizer(Optimizer):
                 for request in step.passes():
                     with self._unsynchronised(request, closure):
                         yield request
-                    if self._overflowed():
+                    if self._overflowed() or self._is_nonfinite(step, closure):
                         self._skip()
                         return
                 self._finish(step)
@@ -308,15 +307,26 @@ class SharpnessAwareOptimizer(Optimizer):
     def _skip(self) -> None:
         self.skipped = True
         if self._step is not None:
-            self._step.skip()
+            self._step.skip(discard=self._nonfinite.skips)
 
     def _overflowed(self) -> bool:
         return self.grad_scaler is not None and not unscale(self.grad_scaler, self)
 
-    def _unsynchronised(self, request: Pass, closure: Any) -> Any:
-        """The context that leaves this pass's gradient on its rank, unless Composer's closure does that itself."""
-        ddp = None if request.sync or closure is not None else replicas(self.model)
-        return contextlib.nullcontext() if ddp is None else ddp.no_sync()
+    def _is_nonfinite(self, step: Step, closure: Closure | None) -> bool:
+        """Whether the pass just done is one that ``on_nonfinite='skip'`` does not step with."""
+        scaled = self.grad_scaler is not None or (closure is not None and closure.checked)
+        if not self._nonfinite.skips or scaled:
+            return False
+        return self._nonfinite.found(step.layout.parameters, step.index)
+
+    def _unsynchronised(self, request: Pass, closure: Closure | None) -> Any:
+        """The context that leaves this pass's gradient on its rank, as far as Composer's closure does not itself."""
+        ddp = None if request.sync else replicas(self.model)
+        if ddp is None:
+            return contextlib.nullcontext()
+        if closure is None or not closure.composer:
+            return ddp.no_sync()
+        return contextlib.nullcontext() if self.trainer is None else self.trainer.unsynchronised(closure.function)
 
     def _step_without_closure(self) -> None:
         # torch.distributed.checkpoint makes a fresh optimizer's state by one step with zero gradients at lr 0.
@@ -341,9 +351,10 @@ class SharpnessAwareOptimizer(Optimizer):
     def trainable(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group['params'] if p.requires_grad]
 
-    def controls(self, closure: Any = None) -> tuple[Control, ...]:
+    def controls(self, closure: Closure | None = None) -> tuple[Control, ...]:
         devices = {parameter.device for parameter in self._current_layout().parameters}
-        trainer = () if self.trainer is None else (self.trainer.control(closure),)
+        function = None if closure is None else closure.function
+        trainer = () if self.trainer is None else (self.trainer.control(function),)
         return (RandomControl(devices), *(() if self.model is None else (BufferControl(self.model),)), *trainer)
 
     def _moment(self) -> Moment:
@@ -371,11 +382,6 @@ def _rebuild(base: Any, method: Any, model: Any, grad_scaler: Any, steps_taken: 
     optimizer = SharpnessAwareOptimizer(base, method, model, grad_scaler)
     optimizer.steps_taken = steps_taken
     return optimizer
-
-
-def _takes(closure: Callable[..., Any], name: str) -> bool:
-    """Whether the closure, or the one a decorator wraps, has a parameter ``name``."""
-    return name in inspect.signature(closure).parameters
 
 
 def _check(base_optimizer: Any, method: Any) -> None:

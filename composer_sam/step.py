@@ -19,7 +19,7 @@ from composer_sam.placement import Placement, real
 from composer_sam.selection import Selection, names_of, select
 from composer_sam.vectors import Number, PerParameter, Vector, add, restrict, scale, to_radius
 
-__all__ = ['PLAIN', 'Direction', 'Method', 'Pass', 'Passes', 'Step']
+__all__ = ['PLAIN', 'Direction', 'Method', 'Pass', 'Passes', 'PlainStep', 'Step']
 
 # Method state lies beside the base optimizer's own, under keys no optimizer uses.
 MEMORY_PREFIX = 'sharpness_aware.'
@@ -42,7 +42,7 @@ class Pass:
     graph: bool = False
 
 
-# The one pass of a step that is not perturbed: the base optimizer's own.
+# The one pass of a step that is not perturbed.
 PLAIN = Pass()
 
 
@@ -61,6 +61,16 @@ class Direction:
 
 
 Passes: TypeAlias = Generator[Pass, Vector, Direction]
+
+
+class PlainStep:
+    """The base optimizer's own step as a method: one pass, its gradient as it is."""
+
+    parameters: Selection | None = None
+
+    def direction(self, step: Step) -> Passes:
+        del step
+        return Direction((yield PLAIN))
 
 
 class Method(Protocol):
@@ -229,13 +239,17 @@ class Step:
                 parameter.grad = None
         self._close()
 
-    def skip(self) -> None:
-        """End the step without an update, as an ordinary step ends whose gradient overflowed: the weights are at w and
-        the random streams and buffers are where the first pass left them."""
+    def skip(self, discard: bool) -> None:
+        """End the step without an update, the weights at w and the random streams where the first pass left them.
+
+        Args:
+            discard: put the buffers back too, so that statistics hold nothing of the batch; False leaves them to the
+                first pass, as an ordinary step does whose scaled gradient overflowed.
+        """
         self._placement.restore()
         self._drop_gradients()
         for control in self._controls:
-            control.settle()
+            control.discard() if discard else control.settle()
         self._close()
 
     def rollback(self) -> None:

@@ -28,8 +28,8 @@ class TwoCalls:
         self._optimizer = weakref.proxy(optimizer)
         self._passes: Any = None
         self._plain: list[tuple[Tensor, Tensor]] | None = None
-        # A plain step needs no second pass: what the user's second forward draws and counts is taken back.
-        self._plain_controls: tuple[Control, ...] = ()
+        # A plain or a skipped step needs no second pass: what the user's second forward draws and counts is taken back.
+        self._idle_controls: tuple[Control, ...] = ()
         self._pending = False
         self._watch = None
         if optimizer.model is not None and optimizer.trainer is None:
@@ -61,6 +61,7 @@ class TwoCalls:
         gradients = self._gradients('first_step()')
         kept = [] if zero_grad else [(parameter, gradient.clone()) for parameter, gradient in gradients]
         controls = () if self._watch is None else self._watch.take()
+        controls = controls or optimizer.controls()
         passes = optimizer.run(controls=controls)
         try:
             plain = next(passes) is PLAIN
@@ -71,9 +72,10 @@ class TwoCalls:
             raise
         self._passes = None if ended else passes
         self._plain = gradients if plain else None
-        self._plain_controls = (controls or optimizer.controls()) if plain else ()
-        for control in self._plain_controls:
-            control.first_pass_done()
+        self._idle_controls = controls if plain or ended else ()
+        if plain:
+            for control in controls:
+                control.first_pass_done()
         self._pending = True
         _put([(parameter, None) for parameter, _ in gradients])
         _put(kept)
@@ -83,7 +85,11 @@ class TwoCalls:
         if not self._pending:
             raise ValueError('first_step() is missing: the order is backward, first_step, backward, second_step')
         if self._passes is None:
-            self.abandon()
+            discard = optimizer.method.on_nonfinite == 'skip'
+            for control in self._idle_controls:
+                control.discard() if discard else control.settle()
+            self._end()
+            self._rearm()
             optimizer.zero_grad()
             return
         try:
@@ -94,7 +100,7 @@ class TwoCalls:
         if self._plain is not None:
             _put([(parameter, None) for parameter, _ in second])
             _put(self._plain)
-        for control in self._plain_controls:
+        for control in self._idle_controls:
             control.settle()
         passes = self._end()
         try:
@@ -106,7 +112,7 @@ class TwoCalls:
             optimizer.zero_grad()
 
     def abandon(self) -> None:
-        for control in self._plain_controls:
+        for control in self._idle_controls:
             control.rollback()
         passes = self._end()
         if passes is not None:
@@ -115,7 +121,7 @@ class TwoCalls:
 
     def _end(self) -> Any:
         """Hold nothing of the step any more, and return its passes."""
-        passes, self._passes, self._plain, self._plain_controls = self._passes, None, None, ()
+        passes, self._passes, self._plain, self._idle_controls = self._passes, None, None, ()
         self._pending = False
         return passes
 

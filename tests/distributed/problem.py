@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pair import WORLD_SIZE
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.tensor import DTensor
@@ -92,7 +91,7 @@ def batches(rank: int, steps: int = STEPS, dtype: torch.dtype = torch.float64) -
 
 def union(steps: int = STEPS, dtype: torch.dtype = torch.float64) -> list[Batch]:
     """For every step the batches of all ranks as one."""
-    by_rank = [batches(rank, steps, dtype) for rank in range(WORLD_SIZE)]
+    by_rank = [batches(rank, steps, dtype) for rank in range(dist.get_world_size())]
     return [
         (torch.cat([x for x, _ in of_step]), torch.cat([y for _, y in of_step]))
         for of_step in zip(*by_rank, strict=True)

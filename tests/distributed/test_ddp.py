@@ -8,7 +8,6 @@ import random
 import pytest
 import torch
 import torch.distributed as dist
-from pair import WORLD_SIZE, gathered, two_ranks
 from problem import (
     METHODS,
     STEPS,
@@ -23,6 +22,7 @@ from problem import (
     train,
     union,
 )
+from ranks import gathered, two_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
@@ -46,7 +46,7 @@ def test_first_pass_is_unsynchronised() -> None:
     train(model, SAM(rho=RHO), batches(dist.get_rank()))
     expected = Network()
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
-    data = list(zip(*[batches(rank) for rank in range(WORLD_SIZE)], strict=True))
+    data = list(zip(*[batches(rank) for rank in range(dist.get_world_size())], strict=True))
     sam_by_hand(expected, data, RHO, optimizer)
     assert_close(flat(model), flat(expected), rtol=1e-10, atol=1e-13)
     one = Network()

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from pair import gathered, two_ranks
 from problem import Network, batches, flat
+from ranks import gathered, two_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel

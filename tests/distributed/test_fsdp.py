@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from pair import gathered, two_ranks
 from problem import METHODS, ONCE_DIFFERENTIATED, STEPS, Network, batches, bits, closure_for, flat, train, union
+from ranks import gathered, two_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy

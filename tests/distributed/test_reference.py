@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from pair import WORLD_SIZE, two_ranks
 from problem import STEPS, Network, batches, counted_reductions, flat, train
+from ranks import two_ranks
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
@@ -97,7 +97,7 @@ def test_two_ranks_follow_the_published_rule(name: str) -> None:
 
     reference, w = specifications.SGD(), flat(network)
     reference.lr = 0.05
-    of_ranks = [batches(rank) for rank in range(WORLD_SIZE)]
+    of_ranks = [batches(rank) for rank in range(dist.get_world_size())]
     for step in range(STEPS):
         found = rule([gradient_of(data[step]) for data in of_ranks], w, pieces, step, **values)
         direction, decoupled = found if isinstance(found, tuple) else (found, torch.zeros_like(w))
@@ -119,7 +119,7 @@ def test_a_differentiable_backward_is_averaged_on_the_steps_in_between(values: d
     assert_close(flat(model), flat(one), rtol=1e-10, atol=1e-12)
     apart = DistributedDataParallel(Network())
     train(apart, registry['SGDHess'](rho=0.5, **values), batches(dist.get_rank()))
-    weights = [torch.empty_like(flat(apart)) for _ in range(WORLD_SIZE)]
+    weights = [torch.empty_like(flat(apart)) for _ in range(dist.get_world_size())]
     dist.all_gather(weights, flat(apart))
     assert torch.equal(*weights)
 

@@ -17,8 +17,8 @@ from composer.loggers import Logger
 from composer.models import ComposerModel
 from composer.utils import FSDP2Config
 from composer.utils import dist as composer_dist
-from pair import gathered, two_ranks
 from problem import METHODS, ONCE_DIFFERENTIATED, flat, sam_by_hand
+from ranks import gathered, two_ranks
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor

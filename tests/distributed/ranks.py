@@ -1,8 +1,8 @@
-"""Tests that run on two processes: collected by pytest as usual, executed by a pair of gloo ranks.
+"""Tests that run on several processes: collected by pytest as usual, executed by gloo ranks.
 
-A function marked ``@two_ranks`` is a test whose body runs on both ranks, with the process group made. All such tests a
-session selects share one pair of processes, because importing Composer costs seconds; when a test fails its pair ends
-and a new one runs the tests that are left.
+A function marked ``@two_ranks`` or ``@four_ranks`` is a test whose body runs on all ranks, with the process group made.
+All such tests a session selects share the same processes, because importing Composer costs seconds; when a test fails
+its processes end and new ones run the tests that are left.
 
 Run as a script this module is one rank.
 """
@@ -31,9 +31,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-__all__ = ['Job', 'Pair', 'gathered', 'two_ranks']
+__all__ = ['Job', 'Ranks', 'four_ranks', 'gathered', 'two_ranks']
 
-WORLD_SIZE = 2
 SECONDS_PER_TEST = 60
 SECONDS_TO_END = 5
 IS_RANK = 'COMPOSER_SAM_TEST_RANK'
@@ -41,7 +40,7 @@ IS_RANK = 'COMPOSER_SAM_TEST_RANK'
 
 @dataclass(frozen=True)
 class Job:
-    """One test to run on both ranks."""
+    """One test to run on all ranks."""
 
     name: str
     folder: str
@@ -50,28 +49,37 @@ class Job:
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
-def two_ranks(test: Callable[..., None]) -> Callable[..., None]:
-    """Run the test's body on two ranks. It may be parametrised, and takes no fixtures."""
-    if IS_RANK in os.environ:
-        return test
+def _on(world_size: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run a test's body on that many ranks. It may be parametrised, and takes no fixtures."""
 
-    @functools.wraps(test)
-    def report(request: pytest.FixtureRequest, pair: Pair, **arguments: Any) -> None:
-        del arguments
-        pair.report(request.node.nodeid)
+    def decorated(test: Callable[..., None]) -> Callable[..., None]:
+        if IS_RANK in os.environ:
+            return test
 
-    own = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ('request', 'pair')]
-    report.__signature__ = inspect.Signature([*own, *inspect.signature(test).parameters.values()])
-    del report.__wrapped__
-    report.runs_on_two_ranks = True
-    return report
+        @functools.wraps(test)
+        def report(request: pytest.FixtureRequest, ranks: Callable[[int], Ranks], **arguments: Any) -> None:
+            del arguments
+            ranks(world_size).report(request.node.nodeid)
+
+        own = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ('request', 'ranks')]
+        report.__signature__ = inspect.Signature([*own, *inspect.signature(test).parameters.values()])
+        del report.__wrapped__
+        report.world_size = world_size
+        return report
+
+    return decorated
 
 
-class Pair:
-    """The outcome of a list of jobs on two ranks."""
+two_ranks = _on(2)
+four_ranks = _on(4)
 
-    def __init__(self, jobs: list[Job], folder: Path):
-        self._outcomes: list[dict[str, str | None]] = [{} for _ in range(WORLD_SIZE)]
+
+class Ranks:
+    """The outcome of a list of jobs on several ranks."""
+
+    def __init__(self, world_size: int, jobs: list[Job], folder: Path):
+        self._world_size = world_size
+        self._outcomes: list[dict[str, str | None]] = [{} for _ in range(world_size)]
         self._outputs: dict[str, list[str]] = {}
         for attempt in range(len(jobs)):
             self._folder = folder / str(attempt)
@@ -94,10 +102,10 @@ class Pair:
             pytest.fail('\n'.join(failures), pytrace=False)
 
     def _run(self, jobs: list[Job]) -> None:
-        """Run jobs until they are done or one fails: the ranks end with a failure, and the next pair goes on."""
+        """Run jobs until they are done or one fails: the ranks end with a failure, and the next ones go on."""
         (self._folder / 'jobs').write_bytes(pickle.dumps(jobs))
         port = _free_port()
-        processes = [self._start(rank, port) for rank in range(WORLD_SIZE)]
+        processes = [self._start(rank, port) for rank in range(self._world_size)]
         while all(process.poll() is None for process in processes):
             time.sleep(0.05)
         for process in processes:
@@ -106,7 +114,7 @@ class Pair:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        outputs = [(self._folder / f'output-{rank}').read_text(errors='replace') for rank in range(WORLD_SIZE)]
+        outputs = [(self._folder / f'output-{rank}').read_text(errors='replace') for rank in range(self._world_size)]
         for rank, outcomes in enumerate(self._outcomes):
             outcomes.update(self._read(rank))
         if not any(outcomes.keys() & {job.name for job in jobs} for outcomes in self._outcomes):
@@ -119,8 +127,8 @@ class Pair:
             IS_RANK: '1',
             'RANK': str(rank),
             'LOCAL_RANK': str(rank),
-            'WORLD_SIZE': str(WORLD_SIZE),
-            'LOCAL_WORLD_SIZE': str(WORLD_SIZE),
+            'WORLD_SIZE': str(self._world_size),
+            'LOCAL_WORLD_SIZE': str(self._world_size),
             'NODE_RANK': '0',
             'MASTER_ADDR': '127.0.0.1',
             'MASTER_PORT': str(port),

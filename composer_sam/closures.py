@@ -1,0 +1,43 @@
+"""How a pass is asked of the closure handed to ``optimizer.step``: a user's own, or Composer's."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from composer_sam.step import PLAIN, Pass
+
+__all__ = ['Closure']
+
+
+class Closure:
+    """A closure that evaluates the loss and calls backward, once for every pass.
+
+    One that takes ``loss_dict`` and ``ddp_sync`` is treated as Composer's: it leaves gradients unsynchronised itself,
+    logs the losses of the first pass only, and a loss of ``None`` says that a gradient overflowed.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        self.composer = 'loss_dict' in inspect.signature(function).parameters
+        # fp16: the scaler has looked at every pass's gradient on all ranks, and nobody needs to look again
+        self.checked = getattr(function, 'checks_gradients', False)
+        self.function = function if torch.is_grad_enabled() else torch.enable_grad()(function)
+
+    def __call__(self, request: Pass, index: int) -> Any:
+        """The loss of one pass.
+
+        Raises:
+            ValueError: an ordinary closure returned no loss.
+        """
+        if self.composer:
+            if request is PLAIN:
+                return self.function()
+            options = {} if index == 0 else {'loss_dict': {}}
+            return self.function(ddp_sync=request.sync, **options)
+        loss = self.function()
+        if loss is None:
+            raise ValueError('the closure returned None: it must return the loss it called backward() on')
+        return loss
