@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from composer_sam.diagnostics.samples import check_count, on, read, regrouped
+from composer_sam.diagnostics.checks import Loss, check_count, check_model, check_parameters, checked_loss
+from composer_sam.diagnostics.samples import on, read, regrouped
 from composer_sam.diagnostics.undisturbed import ModelState, RandomState, exact_kernels
 from composer_sam.distributed import Layout
 from composer_sam.placement import Placement
 from composer_sam.vectors import Vector
 
 __all__ = ['Loss', 'Objective']
-
-Loss = Callable[[Any, Any], Tensor]
 
 
 class Objective:
@@ -94,12 +91,12 @@ class Objective:
             self._group = model.process_group if process_group is None else process_group
             model = model.module
         self._model = model
-        _check_model(model)
-        self._loss = _checked_loss(model, loss)
+        check_model(model)
+        self._loss = checked_loss(model, loss)
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.parameters: tuple[Tensor, ...] = tuple(parameter for _, parameter in named)
         self.names: tuple[str, ...] = tuple(name for name, _ in named)
-        _check_parameters(named)
+        check_parameters(named)
         self.layout = Layout(self.parameters)
         self.device = self.parameters[0].device
         self._devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
@@ -113,6 +110,24 @@ class Objective:
         self.samples = round(self.over_ranks(sum(size for _, size in self._batches)))
         if self.samples < 1:
             raise ValueError('batches must hold at least one sample, got none (an iterator that was read before?)')
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module | Objective,
+        loss: Loss | None = None,
+        batches: Iterable[Any] | None = None,
+        **options: Any,
+    ) -> Objective:
+        """What the diagnostics take: a model with loss and batches, or the objective made of them before."""
+        if isinstance(model, Objective):
+            given = [name for name, value in {'loss': loss, 'batches': batches, **options}.items() if value is not None]
+            if given:
+                raise ValueError(f'an Objective already has {", ".join(given)}: pass it alone, or the model instead')
+            return model
+        if batches is None:
+            raise ValueError('batches must be the samples to measure on, got None')
+        return cls(model, loss, batches, **options)
 
     def value(self) -> float:
         """L(w), summed in fp64. NaN or infinite where the loss is."""
@@ -211,6 +226,15 @@ class Objective:
         """Tensors, one per parameter, for the mathematics of :mod:`composer_sam.vectors`; shares their memory."""
         return Vector(values, range(len(self.parameters)), self.layout)
 
+    def flat(self, tensors: Sequence[Tensor]) -> Tensor:
+        """One tensor per parameter as one vector of n numbers."""
+        return torch.cat([tensor.detach().reshape(-1).to(self.device) for tensor in tensors])
+
+    def shaped(self, flat: Tensor) -> list[Tensor]:
+        """A vector of n numbers as one tensor per parameter; shares its memory where types and devices allow."""
+        parts = flat.split([parameter.numel() for parameter in self.parameters])
+        return [part.view_as(p).to(p.device, p.dtype) for part, p in zip(parts, self.parameters, strict=True)]
+
     def zeros(self) -> list[Tensor]:
         """A zero for every parameter."""
         return [torch.zeros_like(parameter, requires_grad=False) for parameter in self.parameters]
@@ -229,8 +253,13 @@ class Objective:
         for batches in regrouped(self._batches, size):
             yield Objective(self._model, self._loss, batches)
 
+    @property
+    def first_rank(self) -> bool:
+        """Whether this process is the one to report."""
+        return self._group is None or dist.get_rank(self._group) == 0
+
     def over_ranks(self, number: float) -> float:
-        """The sum of every rank's number; with one process the number itself."""
+        """The sum of every rank's number."""
         return self._summed([torch.tensor(number, dtype=torch.float64, device=self.device)])[0].item()
 
     # How it does it.
@@ -328,48 +357,3 @@ def _accumulate(total: list[Tensor], parts: Sequence[Tensor | None], weight: flo
         raise ValueError('a parameter has a sparse gradient: use nn.Embedding(..., sparse=False)')
     if pairs:
         torch._foreach_add_([t for t, _ in pairs], [part.detach() for _, part in pairs], alpha=weight)
-
-
-def _checked_loss(model: nn.Module, loss: Loss | None) -> Loss | None:
-    """The loss of a plain module; None for a Composer model, which is known by what only it has."""
-    if hasattr(model, 'loss') and hasattr(model, 'eval_forward'):
-        if loss is not None:
-            raise ValueError(
-                'loss must be None for a Composer model, whose own loss is measured; for another one pass the module '
-                'in it and batches of (inputs, targets)'
-            )
-        return None
-    if not callable(loss):
-        raise ValueError(
-            f'loss must be a function of outputs and targets, such as torch.nn.functional.cross_entropy, got {loss!r}; '
-            'only a Composer model brings its own'
-        )
-    if getattr(loss, 'reduction', 'mean') == 'sum':
-        raise ValueError("loss must be a mean over the batch, got reduction='sum': make it reduction='mean'")
-    return loss
-
-
-def _check_model(model: nn.Module) -> None:
-    """Raise ValueError for wrappers whose weights or gradients are not whole in this process."""
-    for module in model.modules():
-        sharded = isinstance(module, (FullyShardedDataParallel, FSDPModule))
-        if sharded or any(isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)):
-            raise ValueError(
-                f'{type(module).__name__} holds parameters sharded over processes (FSDP or DTensor), which cannot be '
-                'differentiated twice: save a full checkpoint and load it into the plain model in one process'
-            )
-        if isinstance(module, DistributedDataParallel):
-            raise ValueError(
-                'DistributedDataParallel lies inside the model: wrap the whole model, or pass it unwrapped'
-            )
-
-
-def _check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
-    if not named:
-        raise ValueError('the model has no parameter that requires a gradient: nothing to differentiate')
-    for name, parameter in named:
-        if parameter.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f'parameter {name!r} is {parameter.dtype}, in which differences of the loss are rounding: measure a '
-                'copy in float32, copy.deepcopy(model).float()'
-            )

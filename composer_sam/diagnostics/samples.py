@@ -8,13 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ['check_count', 'on', 'read', 'regrouped']
-
-
-def check_count(name: str, count: object) -> None:
-    """Raise ValueError for what is neither None nor an integer >= 1."""
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-        raise ValueError(f'{name} must be an integer >= 1 or None, got {count!r}')
+__all__ = ['on', 'read', 'regrouped']
 
 
 def _mapped(function: Callable[[Tensor], Tensor], batch: Any) -> Any:

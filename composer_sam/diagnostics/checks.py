@@ -1,0 +1,80 @@
+"""What a diagnostic refuses, and what would work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ['Loss', 'check_at_least', 'check_count', 'check_model', 'check_parameters', 'check_positive', 'checked_loss']
+
+Loss: TypeAlias = Callable[[Any, Any], Tensor]
+
+
+def check_count(name: str, count: object) -> None:
+    """Raise ValueError for what is neither None nor an integer >= 1."""
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        raise ValueError(f'{name} must be an integer >= 1 or None, got {count!r}')
+
+
+def check_at_least(name: str, number: object, least: int) -> None:
+    """Raise ValueError for what is not an integer of at least ``least``."""
+    if isinstance(number, bool) or not isinstance(number, int) or number < least:
+        raise ValueError(f'{name} must be an integer >= {least}, got {number!r}')
+
+
+def check_positive(name: str, number: object) -> None:
+    """Raise ValueError for what is not a finite number > 0."""
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < float('inf'):
+        raise ValueError(f'{name} must be a finite number > 0, got {number!r}')
+
+
+def checked_loss(model: nn.Module, loss: Loss | None) -> Loss | None:
+    """The loss of a plain module; None for a Composer model, which is known by what only it has."""
+    if hasattr(model, 'loss') and hasattr(model, 'eval_forward'):
+        if loss is not None:
+            raise ValueError(
+                'loss must be None for a Composer model, whose own loss is measured; for another one pass the module '
+                'in it and batches of (inputs, targets)'
+            )
+        return None
+    if not callable(loss):
+        raise ValueError(
+            f'loss must be a function of outputs and targets, such as torch.nn.functional.cross_entropy, got {loss!r}; '
+            'only a Composer model brings its own'
+        )
+    if getattr(loss, 'reduction', 'mean') == 'sum':
+        raise ValueError("loss must be a mean over the batch, got reduction='sum': make it reduction='mean'")
+    return loss
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ValueError for wrappers whose weights or gradients are not whole in this process."""
+    for module in model.modules():
+        sharded = isinstance(module, (FullyShardedDataParallel, FSDPModule))
+        if sharded or any(isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)):
+            raise ValueError(
+                f'{type(module).__name__} holds parameters sharded over processes (FSDP or DTensor), which cannot be '
+                'differentiated twice: save a full checkpoint and load it into the plain model in one process'
+            )
+        if isinstance(module, DistributedDataParallel):
+            raise ValueError(
+                'DistributedDataParallel lies inside the model: wrap the whole model, or pass it unwrapped'
+            )
+
+
+def check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise ValueError where there is nothing to differentiate, or too little precision."""
+    if not named:
+        raise ValueError('the model has no parameter that requires a gradient: nothing to differentiate')
+    for name, parameter in named:
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f'parameter {name!r} is {parameter.dtype}, in which differences of the loss are rounding: measure a '
+                'copy in float32, copy.deepcopy(model).float()'
+            )
