@@ -10,6 +10,34 @@ from composer_sam.diagnostics.hessian import (
     top_eigenvalues,
     trace,
 )
+from composer_sam.diagnostics.measure import MEASURES, Measurements, measure
 from composer_sam.diagnostics.objective import Objective
+from composer_sam.diagnostics.sharpness import (
+    AverageSharpness,
+    Flatness,
+    Sharpness,
+    adaptive_sharpness,
+    average_sharpness,
+    first_order_flatness,
+    sam_sharpness,
+)
 
-__all__ = ['Eigenvalues', 'Objective', 'SpectralDensity', 'Trace', 'spectral_density', 'top_eigenvalues', 'trace']
+__all__ = [
+    'MEASURES',
+    'AverageSharpness',
+    'Eigenvalues',
+    'Flatness',
+    'Measurements',
+    'Objective',
+    'Sharpness',
+    'SpectralDensity',
+    'Trace',
+    'adaptive_sharpness',
+    'average_sharpness',
+    'first_order_flatness',
+    'measure',
+    'sam_sharpness',
+    'spectral_density',
+    'top_eigenvalues',
+    'trace',
+]

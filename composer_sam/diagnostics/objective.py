@@ -38,8 +38,9 @@ class Objective:
             (``reduction='sum'``) would weigh samples by their batch's size: it is refused where it shows, and gives
             wrong numbers where it does not. None for a Composer model, whose own ``loss`` is measured.
         batches: ``(inputs, targets)``, or for a Composer model what it takes. Read once, until there are enough, and
-            kept where they lie; moved to the model's device when used. It must be a fixed set for results to repeat: no
-            shuffling, no random augmentation.
+            kept where they lie; moved to the model's device when used. For results to repeat it must be a fixed set:
+            shuffling and augmentation repeat only where they draw from the global random streams, which are set to a
+            fixed seed while the batches are read.
         samples: :math:`\ge 1`, how many samples each rank takes at most, the last batch cut; None for all. The first
             dimension of every tensor of a batch must be the samples.
         microbatch: :math:`\ge 1`, larger batches are cut into pieces of at most so many samples. It bounds the memory
@@ -85,11 +86,11 @@ class Objective:
     ):
         check_count('samples', samples)
         check_count('microbatch', microbatch)
-        self._wrapped = model
+        self._wrapped = model = _uncompiled(model)
         self._group = process_group
         if isinstance(model, DistributedDataParallel):
             self._group = model.process_group if process_group is None else process_group
-            model = model.module
+            model = _uncompiled(model.module)
         self._model = model
         check_model(model)
         self._loss = checked_loss(model, loss)
@@ -104,9 +105,10 @@ class Objective:
         self._linear: bool | None = None  # not known
         randomness = RandomState(self._devices)
         try:
+            randomness.fix()  # loaders draw from them
             self._batches = read(batches, samples, microbatch)
         finally:
-            randomness.restore()  # loaders draw from them
+            randomness.restore()
         self.samples = round(self.over_ranks(sum(size for _, size in self._batches)))
         if self.samples < 1:
             raise ValueError('batches must hold at least one sample, got none (an iterator that was read before?)')
@@ -340,6 +342,11 @@ class Objective:
             dist.all_reduce(flat, group=self._group)
             torch._foreach_copy_(members, list(_unflatten_dense_tensors(flat, members)))
         return tensors
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` wrapped: it holds the same parameters, under their own names."""
+    return getattr(model, '_orig_mod', model)
 
 
 def _differentiable(loss: Tensor) -> Tensor:

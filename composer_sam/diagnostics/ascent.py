@@ -1,0 +1,104 @@
+"""The maximum of a function of the weights within a ball around them, by projected gradient ascent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from composer_sam.diagnostics.objective import Objective
+from composer_sam.vectors import Vector, add, multiply, norm, scale, to_radius
+
+__all__ = ['ASCENTS', 'Maximum', 'maximise']
+
+ASCENTS = ('first_order', 'projected')
+# A step this small relative to the radius changes nothing that could be told from rounding.
+_SMALLEST_STEP = 1e-6
+
+# An offset of the weights to the function's value there and its gradient.
+Function = Callable[[Sequence[Tensor]], tuple[float, list[Tensor]]]
+
+
+@dataclass(frozen=True)
+class Maximum:
+    """The function's values at the weights, at the first-order solution, and the largest found."""
+
+    centre: float
+    first_order: float
+    value: float
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A point of the ball, in units of the metric."""
+
+    u: Vector | None  # None is the centre
+    value: float
+    gradient: Vector
+
+
+def maximise(
+    objective: Objective,
+    function: Function,
+    rho: float,
+    *,
+    metric: Vector | None = None,
+    steps: int = 0,
+    seed: int = 0,
+) -> Maximum:
+    r"""Search :math:`\max F(e)` over :math:`\lVert T^{-1} e \rVert \le \rho`.
+
+    With :math:`e = T u` the ball is round: the first-order solution is :math:`u = \rho \, T g / \lVert T g \rVert`, g
+    the gradient at the centre, and every step goes along :math:`T \nabla F(T u)` and back onto the ball. The step
+    doubles when F grew; when it did not, the point stays and the step is quartered, so F never falls.
+    Where g is zero there is no first-order solution (its F is the centre's), and a random point is the start.
+
+    Args:
+        objective: where the weights are.
+        function: F and its gradient at w + e.
+        rho: the radius.
+        metric: T, elementwise and not negative; None for 1.
+        steps: evaluations after the first-order solution.
+        seed: of the random start.
+
+    Raises:
+        ValueError: F is not finite, at the weights or in the ball.
+    """
+
+    def evaluate(u: Vector | None) -> _Point:
+        offset = objective.zeros() if u is None else (u if metric is None else multiply(u, metric)).values
+        value, gradient = function(offset)
+        if not math.isfinite(value):
+            where = 'the weights' if u is None else f'an offset within rho={rho}; a smaller rho may help'
+            raise ValueError(f'the measured function is {value} at {where}')
+        slope = objective.vector(gradient)
+        return _Point(u, value, slope if metric is None else multiply(slope, metric))
+
+    centre = best = evaluate(None)
+    start = centre.gradient
+    flat = not float(norm(start))
+    if flat:
+        start = objective.vector(objective.gaussian(seed))
+    edge = centre if flat and not steps else evaluate(to_radius(start, rho, 0.0))
+    first_order = centre.value if flat else edge.value
+    best = edge if edge.value >= centre.value else centre
+    rate = 1.0
+    for _ in range(steps):
+        slope = float(norm(best.gradient))
+        if not slope or rate < _SMALLEST_STEP:
+            break
+        step = scale(best.gradient, rate * rho / slope)
+        point = evaluate(_onto_ball(step if best.u is None else add(best.u, step), rho))
+        if point.value > best.value:
+            best = point
+            rate = min(2 * rate, 1 / _SMALLEST_STEP)
+        else:
+            rate /= 4
+    return Maximum(centre.value, first_order, best.value)
+
+
+def _onto_ball(u: Vector, rho: float) -> Vector:
+    length = float(norm(u))
+    return u if length <= rho else scale(u, rho / length)
