@@ -2,16 +2,95 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from composer.algorithms import SAM as ComposerSAM
-from composer.algorithms import GradientClipping
+from composer.algorithms import GradientClipping, LowPrecisionGroupNorm, LowPrecisionLayerNorm
 from composer.core import Event
+from composer_algorithms import CASES, COMMAND, PAGE, document, measured, stated
+from composer_runs import METHODS as BESIDE
+from composer_runs import PROMISES
 from digits import METHODS, Recorder, build, weights
 
-from composer_sam import SAM, registry
+from composer_sam import SAM, SharpnessAwareOptimizer, registry
+from composer_sam.algorithm import SharpnessAware, TrainerLink
+from composer_sam.controls import BufferControl, RandomControl
+from composer_sam.placement import Placement
+
+
+@pytest.mark.parametrize('method', BESIDE)
+@pytest.mark.parametrize('name', CASES)
+def test_trains_beside_each_of_composers_algorithms_as_the_page_says(name: str, method: str) -> None:
+    """All promises of composer_runs.py are kept, except those the page says are not."""
+    case = CASES[name]
+    for promise, keep in PROMISES.items():
+        if promise in case.broken:
+            with pytest.raises(AssertionError):
+                keep(case, method)
+        else:
+            keep(case, method)
+
+
+def test_the_page_of_composers_algorithms_is_the_generated_one() -> None:
+    cells = {name: [stated(case)] * len(BESIDE) for name, case in CASES.items()}
+    assert PAGE.read_text() == document(cells), f'run: {COMMAND}'
+
+
+def _copies(optimizer: SharpnessAwareOptimizer) -> list[dict[str, Any]]:
+    return [dict(group) for group in optimizer.base_optimizer.param_groups]
+
+
+@pytest.mark.parametrize(
+    ('owner', 'attribute', 'instead', 'name', 'promise'),
+    [
+        (RandomControl, 'rewind', lambda self: None, 'MixUp', 'every pass sees what the first saw'),
+        (RandomControl, 'rewind', lambda self: None, 'CutMix of the loss', 'every pass sees what the first saw'),
+        (RandomControl, 'rewind', lambda self: None, 'StochasticDepth of blocks', 'every pass sees what the first saw'),
+        (BufferControl, 'settle', lambda self: None, 'GhostBatchNorm', 'BatchNorm and other buffers see one pass'),
+        (Placement, 'restore', lambda self: None, 'ChannelsLast', 'the weights come back bit for bit'),
+        (
+            TrainerLink,
+            'direction_found',
+            lambda self: None,
+            'GradientClipping by norm',
+            'the algorithm acts as without us',
+        ),
+        (SharpnessAware, 'perturbs', lambda self, moment: True, 'EMA', 'an interval never reached changes nothing'),
+        (
+            SharpnessAwareOptimizer,
+            'param_groups',
+            property(_copies),
+            'LayerFreezing',
+            'the optimizer holds what it holds without us',
+        ),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else None,
+)
+def test_what_is_taken_out_of_the_engine_is_missed(
+    owner: type, attribute: str, instead: Any, name: str, promise: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The promises can be broken."""
+    monkeypatch.setattr(owner, attribute, instead)
+    case = dataclasses.replace(CASES[name])  # another one, so that its runs are not those made already
+    assert promise in measured(case, 'SAM')
+
+
+@pytest.mark.parametrize('algorithm', [LowPrecisionLayerNorm, LowPrecisionGroupNorm])
+def test_low_precision_norms_themselves_are_refused_or_idle_on_the_cpu_with_and_without_us(algorithm: Any) -> None:
+    """Why they are told of bf16 by hand above."""
+    ends = []
+    for ours in ([], [SAM(interval=100)]):
+        with pytest.raises(ValueError, match='AMP_BF16 is not supported for CPU'):
+            build(algorithm(), *ours, precision='amp_bf16')
+        trainer = build(algorithm(), *ours, max_duration='2ba')
+        trainer.fit()
+        ends.append(weights(trainer))
+    plain = build(max_duration='2ba')
+    plain.fit()
+    assert all(torch.equal(end, weights(plain)) for end in ends)
 
 
 class Clipping(GradientClipping):
