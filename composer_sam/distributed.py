@@ -12,7 +12,7 @@ from torch.distributed.fsdp._runtime_utils import _post_backward_final_callback,
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ['Layout', 'average', 'local', 'must_synchronise', 'replicas', 'reshard']
+__all__ = ['Layout', 'average', 'local', 'must_synchronise', 'replicas', 'to_rest']
 
 Groups = tuple[dist.ProcessGroup, ...]
 
@@ -34,13 +34,19 @@ def must_synchronise(model: nn.Module | None) -> bool:
     return ddp is not None and ddp.static_graph and not getattr(ddp, '_static_graph_delay_allreduce_enqueued', True)
 
 
-def reshard(model: nn.Module | None) -> None:
-    """Bring a sharded model back to rest after a pass that was cut short.
+def to_rest(model: nn.Module | None) -> None:
+    """Bring a distributed model back to rest after a pass that was cut short; no collectives.
 
     An exception leaves FSDP in the middle of its forward or backward: modules keep their gathered weights, which the
     next forward would use instead of gathering the restored ones, and the end of the next backward is not noticed.
-    Composer repairs FSDP1 in the same way when it tries a batch again. No collectives: the other ranks need not fail.
+    Composer repairs FSDP1 in the same way when it tries a batch again. DistributedDataParallel stays ready to
+    synchronise: the next backward would, also of a pass to be left unsynchronised, and on this rank only where the
+    other ranks' forwards had not begun.
     """
+    ddp = replicas(model)
+    if ddp is not None:
+        ddp._has_rebuilt_buckets = False
+        ddp.reducer._reset_state()
     for module in [] if model is None else model.modules():
         if isinstance(module, FullyShardedDataParallel):
             if module.check_is_root():

@@ -282,19 +282,23 @@ class SharpnessAwareOptimizer(Optimizer):
                     if self._overflowed() or self._is_nonfinite(step, closure):
                         self._skip()
                         return
+                step.write_direction()
+                # Second derivatives may overflow where the gradient did not.
+                if self.method.backwards_create_graph and self._is_nonfinite(step, closure):
+                    self._skip()
+                    return
                 self._finish(step)
             finally:
                 self._step = None
 
     def _finish(self, step: Step | None) -> None:
-        """Let the base optimizer take its step: with the direction, or as it is."""
+        """Let the base optimizer take its step, with what is in the parameters' ``.grad``."""
         if step is None:
             if self._overflowed():
                 self._skip()
                 return
             self.base_optimizer.step()
         else:
-            step.write_direction()
             if self.trainer is not None:
                 self.trainer.direction_found()
             self.base_optimizer.step()
@@ -313,7 +317,7 @@ class SharpnessAwareOptimizer(Optimizer):
         return self.grad_scaler is not None and not unscale(self.grad_scaler, self)
 
     def _is_nonfinite(self, step: Step, closure: Closure | None) -> bool:
-        """Whether the pass just done is one that ``on_nonfinite='skip'`` does not step with."""
+        """Whether what is in ``.grad`` is something ``on_nonfinite='skip'`` does not step with."""
         scaled = self.grad_scaler is not None or (closure is not None and closure.checked)
         if not self._nonfinite.skips or scaled:
             return False

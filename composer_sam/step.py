@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from composer_sam.controls import Control
-from composer_sam.distributed import Layout, average, local, must_synchronise, replicas, reshard
+from composer_sam.distributed import Layout, average, local, must_synchronise, replicas, to_rest
 from composer_sam.placement import Placement, real
 from composer_sam.selection import Selection, names_of, select
 from composer_sam.vectors import Number, PerParameter, Vector, add, restrict, scale, to_radius
@@ -255,7 +255,7 @@ class Step:
     def rollback(self) -> None:
         """End the step as if it had not begun."""
         try:
-            reshard(self._model)
+            to_rest(self._model)
         finally:
             self._placement.restore()
             self._drop_gradients()
