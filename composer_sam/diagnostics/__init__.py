@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from composer_sam.diagnostics.hessian import (
     Eigenvalues,
     SpectralDensity,
@@ -22,6 +24,9 @@ from composer_sam.diagnostics.sharpness import (
     sam_sharpness,
 )
 
+if TYPE_CHECKING:
+    from composer_sam.diagnostics.monitor import SharpnessMonitor
+
 __all__ = [
     'MEASURES',
     'AverageSharpness',
@@ -30,6 +35,7 @@ __all__ = [
     'Measurements',
     'Objective',
     'Sharpness',
+    'SharpnessMonitor',
     'SpectralDensity',
     'Trace',
     'adaptive_sharpness',
@@ -41,3 +47,12 @@ __all__ = [
     'top_eigenvalues',
     'trace',
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: all else here works without Composer, which takes seconds to import.
+    if name != 'SharpnessMonitor':
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    from composer_sam.diagnostics.monitor import SharpnessMonitor
+
+    return SharpnessMonitor

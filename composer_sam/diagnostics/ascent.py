@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from composer_sam.diagnostics.checks import NotFiniteError, check_at_least, check_positive
 from composer_sam.diagnostics.objective import Objective
 from composer_sam.vectors import Vector, add, multiply, norm, scale, to_radius
 
-__all__ = ['ASCENTS', 'Maximum', 'maximise']
+__all__ = ['Maximum', 'check_ascent', 'check_eta', 'maximise']
 
-ASCENTS = ('first_order', 'projected')
+_ASCENTS = ('first_order', 'projected')
 # A step this small relative to the radius changes nothing that could be told from rounding.
 _SMALLEST_STEP = 1e-6
 
@@ -51,8 +52,8 @@ def maximise(
     r"""Search :math:`\max F(e)` over :math:`\lVert T^{-1} e \rVert \le \rho`.
 
     With :math:`e = T u` the ball is round: the first-order solution is :math:`u = \rho \, T g / \lVert T g \rVert`, g
-    the gradient at the centre, and every step goes along :math:`T \nabla F(T u)` and back onto the ball. The step
-    doubles when F grew; when it did not, the point stays and the step is quartered, so F never falls.
+    the gradient at the centre, and every step goes along :math:`T \nabla F(T u)`, at first by a radius, and back onto
+    the ball. The rate doubles when F grew; when it did not, the point stays and the rate is quartered: F never falls.
     Where g is zero there is no first-order solution (its F is the centre's), and a random point is the start.
 
     Args:
@@ -64,7 +65,7 @@ def maximise(
         seed: of the random start.
 
     Raises:
-        ValueError: F is not finite, at the weights or in the ball.
+        NotFiniteError: F is not finite, at the weights or in the ball.
     """
 
     def evaluate(u: Vector | None) -> _Point:
@@ -72,7 +73,7 @@ def maximise(
         value, gradient = function(offset)
         if not math.isfinite(value):
             where = 'the weights' if u is None else f'an offset within rho={rho}; a smaller rho may help'
-            raise ValueError(f'the measured function is {value} at {where}')
+            raise NotFiniteError(f'the measured function is {value} at {where}')
         slope = objective.vector(gradient)
         return _Point(u, value, slope if metric is None else multiply(slope, metric))
 
@@ -84,16 +85,20 @@ def maximise(
     edge = centre if flat and not steps else evaluate(to_radius(start, rho, 0.0))
     first_order = centre.value if flat else edge.value
     best = edge if edge.value >= centre.value else centre
-    rate = 1.0
+    rate = 0.0
     for _ in range(steps):
         slope = float(norm(best.gradient))
-        if not slope or rate < _SMALLEST_STEP:
+        if not slope:
             break
-        step = scale(best.gradient, rate * rho / slope)
+        # Beyond the largest of these steps only the direction counts.
+        rate = min(rate or rho / slope, rho / slope / _SMALLEST_STEP)
+        if rate * slope < _SMALLEST_STEP * rho:
+            break
+        step = scale(best.gradient, rate)
         point = evaluate(_onto_ball(step if best.u is None else add(best.u, step), rho))
         if point.value > best.value:
             best = point
-            rate = min(2 * rate, 1 / _SMALLEST_STEP)
+            rate *= 2
         else:
             rate /= 4
     return Maximum(centre.value, first_order, best.value)
@@ -102,3 +107,17 @@ def maximise(
 def _onto_ball(u: Vector, rho: float) -> Vector:
     length = float(norm(u))
     return u if length <= rho else scale(u, rho / length)
+
+
+def check_ascent(rho: float, ascent: str, steps: int) -> None:
+    """Raise ValueError for a radius, an ascent or a number of steps out of range."""
+    check_positive('rho', rho)
+    check_at_least('steps', steps, 0)
+    if ascent not in _ASCENTS:
+        raise ValueError(f'ascent must be one of {", ".join(map(repr, _ASCENTS))}, got {ascent!r}')
+
+
+def check_eta(eta: float) -> None:
+    """Raise ValueError for what cannot be added to the weights' magnitudes."""
+    if not 0 <= eta < math.inf:
+        raise ValueError(f'eta must be a finite number >= 0, got {eta!r}')

@@ -11,9 +11,27 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ['Loss', 'check_at_least', 'check_count', 'check_model', 'check_parameters', 'check_positive', 'checked_loss']
+__all__ = [
+    'Loss',
+    'NotConvergedError',
+    'NotFiniteError',
+    'check_at_least',
+    'check_count',
+    'check_model',
+    'check_parameters',
+    'check_positive',
+    'checked_loss',
+]
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
+
+
+class NotFiniteError(ValueError):
+    """A loss, a gradient or a Hessian product that is NaN or infinite where a number is needed."""
+
+
+class NotConvergedError(RuntimeError):
+    """An iteration ended before its tolerance was reached."""
 
 
 def check_count(name: str, count: object) -> None:

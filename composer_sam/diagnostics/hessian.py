@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from composer_sam.diagnostics.checks import Loss, check_at_least, check_positive
+from composer_sam.diagnostics.checks import Loss, NotFiniteError, check_at_least, check_positive
 from composer_sam.diagnostics.lanczos import (
     ENDS,
     Operator,
@@ -125,7 +125,7 @@ def top_eigenvalues(
 
     Raises:
         ValueError: an argument out of its range, or what an Objective refuses.
-        RuntimeError: Lanczos did not converge; the message says what was reached.
+        NotConvergedError: Lanczos did not converge; the message says what was reached.
 
     Example:
         >>> import torch
@@ -320,7 +320,7 @@ class _Counted:
         if self._progress:
             print(f'\rHessian products: {self.products}', end='', file=sys.stderr, flush=True)
         if not torch.isfinite(product).all():
-            raise ValueError(
+            raise NotFiniteError(
                 'the Hessian product is not finite: the loss, or its curvature, overflows at these weights'
             )
         return product

@@ -12,6 +12,8 @@ from scipy.linalg import eigh_tridiagonal
 from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
+from composer_sam.diagnostics.checks import NotConvergedError
+
 __all__ = [
     'ENDS',
     'Operator',
@@ -34,7 +36,7 @@ def extreme_eigenvectors(
     """Approximate eigenvectors as columns.
 
     Raises:
-        RuntimeError: not all converged in about ``max_iterations`` products.
+        NotConvergedError: not all converged in about ``max_iterations`` products.
     """
     seen = {'largest': -np.inf, 'norm': 0.0, 'products': 0}
 
@@ -57,7 +59,7 @@ def extreme_eigenvectors(
         return eigsh(matrix, v0=start, **options)[1]
     except ArpackNoConvergence as error:
         converged = ', '.join(f'{value:.6g}' for value in sorted(error.eigenvalues, reverse=True)) or 'none'
-        raise RuntimeError(
+        raise NotConvergedError(
             f'Lanczos did not converge in {seen["products"]} Hessian products: of {k} eigenvalues {converged} '
             f'reached tol={tol}, and the largest is at least {seen["largest"]:.6g}; raise max_iterations or tol'
         ) from error

@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from composer_sam.diagnostics.checks import Loss
+from composer_sam.diagnostics.ascent import check_ascent, check_eta
+from composer_sam.diagnostics.checks import Loss, check_at_least, check_positive
 from composer_sam.diagnostics.hessian import top_eigenvalues, trace
 from composer_sam.diagnostics.objective import Objective
 from composer_sam.diagnostics.sharpness import adaptive_sharpness, first_order_flatness, sam_sharpness
 from composer_sam.vectors import norm
 
-__all__ = ['MEASURES', 'Measurements', 'check_measures', 'measure']
+__all__ = ['MEASURES', 'Measurements', 'check_options', 'measure']
 
 MEASURES = (
     'loss',
@@ -122,7 +123,7 @@ def measure(
 
     Raises:
         ValueError: an unknown measure, or what the functions refuse.
-        RuntimeError: the eigenvalues did not converge.
+        NotConvergedError: the eigenvalues did not converge.
 
     Example:
         >>> import torch
@@ -134,7 +135,8 @@ def measure(
         >>> found.loss, found.top_eigenvalue, found.samples
         (4.0, 2.0, 2)
     """
-    check_measures(measures)
+    radii = {'rho': rho, 'adaptive_rho': adaptive_rho, 'flatness_rho': flatness_rho}
+    check_options(measures, k=k, probes=probes, eta=eta, ascent=ascent, steps=steps, tol=tol, **radii)
     began = time.perf_counter()
     objective = Objective.of(model, loss, batches, samples=samples, microbatch=microbatch)
     found: dict[str, Any] = {}
@@ -163,8 +165,27 @@ def measure(
     return Measurements(**{**values, 'seconds': time.perf_counter() - began})
 
 
-def check_measures(measures: Sequence[str]) -> None:
-    """Raise ValueError where a measure is not known, or none is asked for."""
+def check_options(
+    measures: Sequence[str],
+    *,
+    k: int,
+    probes: int,
+    eta: float,
+    ascent: str,
+    steps: int,
+    tol: float,
+    rho: float,
+    adaptive_rho: float,
+    flatness_rho: float,
+) -> None:
+    """Raise ValueError for what :func:`measure` would refuse whatever the model is."""
     unknown = [repr(name) for name in measures if name not in MEASURES]
     if isinstance(measures, str) or not measures or unknown:
         raise ValueError(f'measures must be some of {", ".join(map(repr, MEASURES))}, got {measures!r}')
+    check_at_least('k', k, 1)
+    check_at_least('probes', probes, 6)
+    check_eta(eta)
+    check_positive('tol', tol)
+    check_positive('adaptive_rho', adaptive_rho)
+    check_positive('flatness_rho', flatness_rho)
+    check_ascent(rho, ascent, steps)

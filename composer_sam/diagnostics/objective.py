@@ -135,7 +135,7 @@ class Objective:
         """L(w), summed in fp64. NaN or infinite where the loss is."""
         with self.undisturbed(), torch.no_grad():
             self._restart()
-            partial = sum(self._batch_loss(batch).item() * size for batch, size in self._batches) / self.samples
+            partial = sum(self._batch_loss(batch).item() * size / self.samples for batch, size in self._batches)
             return self.over_ranks(partial)
 
     def gradient(self) -> list[Tensor]:
@@ -254,6 +254,11 @@ class Objective:
         objective of its own that sums over no other rank."""
         for batches in regrouped(self._batches, size):
             yield Objective(self._model, self._loss, batches)
+
+    @property
+    def batches(self) -> list[Any]:
+        """This rank's samples, as the micro-batches they are measured in."""
+        return [batch for batch, _ in self._batches]
 
     @property
     def first_rank(self) -> bool:

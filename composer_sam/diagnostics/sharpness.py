@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from composer_sam.diagnostics.ascent import ASCENTS, Maximum, maximise
-from composer_sam.diagnostics.checks import Loss, check_at_least, check_count, check_positive
+from composer_sam.diagnostics.ascent import Maximum, check_ascent, check_eta, maximise
+from composer_sam.diagnostics.checks import Loss, NotFiniteError, check_at_least, check_count, check_positive
 from composer_sam.diagnostics.objective import Objective
 from composer_sam.vectors import Vector, norm, scale
 
@@ -186,8 +186,7 @@ def adaptive_sharpness(
         Kwon, Kim, Park, Choi: ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep Neural
         Networks, ICML 2021, https://arxiv.org/abs/2102.11600
     """
-    if not 0 <= eta < math.inf:
-        raise ValueError(f'eta must be a finite number >= 0, got {eta!r}')
+    check_eta(eta)
     objective = Objective.of(model, loss, batches, samples=samples, microbatch=microbatch)
 
     def metric(part: Objective) -> Vector:
@@ -313,13 +312,14 @@ def first_order_flatness(
         Zhang, Xu, Yu, Zou, Cui: Gradient Norm Aware Minimization Seeks First-Order Flatness and Improves
         Generalization, CVPR 2023, https://arxiv.org/abs/2303.03108
     """
-    _check_ascent(rho, ascent, steps)
+    check_ascent(rho, ascent, steps)
     objective = Objective.of(model, loss, batches, samples=samples, microbatch=microbatch)
 
     def gradient_norm(offset: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
         with objective.at(offset):
-            gradient = objective.vector(objective.gradient())
-            length = float(norm(gradient))
+            loss, values = objective.value_and_gradient()
+            gradient = objective.vector(values)
+            length = float(norm(gradient)) if math.isfinite(loss) else loss
             if not length or not math.isfinite(length):
                 return length, objective.zeros()  # the norm has no gradient here
             return length, objective.hessian_product(scale(gradient, 1 / length).values)
@@ -339,7 +339,7 @@ def _loss_growth(
     seed: int,
     metric: Callable[[Objective], Vector | None],
 ) -> Sharpness:
-    _check_ascent(rho, ascent, steps)
+    check_ascent(rho, ascent, steps)
     check_count('m', m)
     projected = ascent == 'projected'
     with objective.undisturbed():
@@ -371,12 +371,5 @@ def _value_at(objective: Objective, offset: Sequence[Tensor]) -> float:
 
 def _finite(number: float, where: str) -> float:
     if not math.isfinite(number):
-        raise ValueError(f'the loss is {number} {where}')
+        raise NotFiniteError(f'the loss is {number} {where}')
     return number
-
-
-def _check_ascent(rho: float, ascent: str, steps: int) -> None:
-    check_positive('rho', rho)
-    check_at_least('steps', steps, 0)
-    if ascent not in ASCENTS:
-        raise ValueError(f'ascent must be one of {", ".join(map(repr, ASCENTS))}, got {ascent!r}')
