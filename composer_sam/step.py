@@ -309,7 +309,9 @@ class Step:
         if not graph:
             values = [value.detach() if value.requires_grad else value for value in values]
         if not self.layout.plain:
-            values = [real(value) for value in values]
+            values = [
+                real(_placed_like(self.layout.parameters[place], v)) for v, place in zip(values, where, strict=True)
+            ]
         if dist.is_available() and dist.is_initialized():
             values = [_own_memory(v, self.layout.parameters[place]) for v, place in zip(values, where, strict=True)]
         self._check_memory(values, where)
@@ -351,6 +353,14 @@ class Step:
             (self.layout.parameters[where], _shaped_like(self.layout.parameters[where], value))
             for value, where in pairs
         ]
+
+
+def _placed_like(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient spread over ranks as its parameter is: tensor parallelism leaves parts of a sum where every rank has
+    the parameter but saw some of the samples only, and base optimizers would add them up as well."""
+    if isinstance(parameter, DTensor) and isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
+        return gradient.redistribute(placements=parameter.placements)
+    return gradient
 
 
 def _own_memory(gradient: Tensor, parameter: Tensor) -> Tensor:
