@@ -331,9 +331,23 @@ def document(cells: dict[str, list[str]]) -> str:
         header=' | '.join(f'with {method}' for method in METHODS),
         ruler='|'.join('---' for _ in METHODS),
         rows='\n'.join(rows),
+        callbacks='\n'.join(f'| {name} | {text} |' for name, text in _CALLBACKS.items()),
         command=COMMAND,
     )
 
+
+_CALLBACKS = {
+    'OptimizerMonitor': 'logs the norms of what the base optimizer was given: on a perturbed step the direction, after '
+    'clipping; what an optimizer reports of its own state is logged as without us',
+    'SpeedMonitor': 'counts batches and samples, not passes; its operations (FLOPs, MFU) are of one pass per batch',
+    'MemoryMonitor': 'reports after every pass, at the same batch; the last entry of a batch is that of the whole step',
+    'LRMonitor': 'logs the same rates under the same name',
+    'CheckpointSaver': 'writes the same files at the same batches',
+    'EarlyStopper, ThresholdStopper': "judge by the first pass's metrics, those of the weights themselves",
+    'NaNMonitor': 'is asked in every pass: a NaN at perturbed weights stops the run before it is stepped on; an '
+    'infinite loss there does not',
+    'ActivationMonitor, RuntimeEstimator': 'log at the same batches and as often',
+}
 
 _PAGE = """# Beside Composer's algorithms and callbacks
 
@@ -347,6 +361,18 @@ the tests train them again. A row that works keeps all of these:
 {rows}
 
 `composer.algorithms.SAM` and ours at once, or two of ours, are refused with an error that says so.
+
+## Callbacks
+
+Each has its test in `tests/integration/test_callbacks.py`.
+
+| callback | beside us |
+|---|---|
+{callbacks}
+
+`BATCH_START` and `BATCH_END` are fired once per batch. `BEFORE_TRAIN_BATCH`, `AFTER_TRAIN_BATCH` and the events between
+them are fired in every pass; there `state.optimizers[0].pass_index` is the number of the pass, from 0, and -1 on a step
+that is not perturbed. So a callback that counts batches by them counts where it is 0 or less.
 """
 
 if __name__ == '__main__':
