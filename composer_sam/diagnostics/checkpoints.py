@@ -338,9 +338,11 @@ def _read(path: Path) -> Any:
             return torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r'GLOBAL ([\w.]+)', str(error))
+        if asked is None:
+            raise CheckpointError(f'{path} is no checkpoint: not a file that torch.save has written') from None
         raise CheckpointError(
-            f'{path} holds {asked[1] if asked else "objects"}, which would have to be executed to be loaded; save its '
-            "weights alone: torch.save(model.state_dict(), 'weights.pt')"
+            f'{path} holds {asked[1]}, which would have to be executed to be loaded; save its weights alone: '
+            "torch.save(model.state_dict(), 'weights.pt')"
         ) from None
     except Exception as error:
         raise CheckpointError(f'{path} is no checkpoint: {type(error).__name__}: {error}') from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ __all__ = ['page']
 
 _PANELS_IN_A_ROW = 3
 _RINGS = 20  # contour lines
+_MARK = '#e8590c'  # seen on all of viridis and on white
 _CAMERA = {'eye': {'x': 1.25, 'y': -1.75, 'z': 0.8}, 'center': {'x': 0, 'y': 0, 'z': -0.18}}
 _SCENE = {'aspectmode': 'manual', 'aspectratio': {'x': 1, 'y': 1, 'z': 0.8}, 'camera': _CAMERA}
 _FONT = {'family': 'system-ui, -apple-system, "Segoe UI", sans-serif', 'size': 13, 'color': '#24292f'}
@@ -70,6 +71,7 @@ def _surfaces(landscapes: Sequence[Landscape], scale: Scale) -> tuple[go.Figure,
     figure.update_layout(
         coloraxis={'colorscale': 'Viridis', 'colorbar': {'title': {'text': 'loss'}, 'len': 0.75, 'thickness': 16}},
         height=640 * rows,
+        margin={'l': 10, 'r': 10, 't': 50, 'b': 10},
     )
     _dress(figure)
     views = {}
@@ -89,8 +91,8 @@ def _surface(landscape: Landscape) -> go.Surface:
     return go.Surface(
         x=x.tolist(),
         y=y.tolist(),
-        text=_hover(landscape),
-        hovertemplate='%{text}<extra></extra>',
+        text=np.array(_hover(landscape), dtype=object),  # of lists plotly would make one text per row
+        hoverinfo='text',  # a template would take its text from [x][y]
         coloraxis='coloraxis',
         contours={
             'x': {'highlight': False},
@@ -106,8 +108,9 @@ def _points(landscape: Landscape) -> go.Scatter3d:
         x=[mark.at[0] for mark in landscape.marks],
         y=[mark.at[1] for mark in landscape.marks],
         mode='markers' if len(landscape.marks) == 1 else 'markers+text',
-        marker={'size': 4, 'color': '#d62728', 'line': {'color': 'white', 'width': 1}},
+        marker={'size': 4, 'color': _MARK, 'line': {'color': 'white', 'width': 1}},
         text=[_text(mark.label) for mark in landscape.marks],
+        textfont={'color': _MARK, 'size': 14, 'weight': 700},
         customdata=[number(mark.loss) for mark in landscape.marks],
         hovertemplate='%{text}<br>loss %{customdata}<extra></extra>',
         showlegend=False,
@@ -161,6 +164,7 @@ def _curves(landscapes: Sequence[Landscape], scale: Scale) -> tuple[go.Figure, d
     figure.update_layout(
         height=600, hovermode='x', plot_bgcolor='white', legend={'x': 0.5, 'xanchor': 'center', 'y': 0.98}
     )
+    figure.update_layout(margin={'l': 70, 'r': 20, 't': 40, 'b': 60})
     figure.update_xaxes(title_text=_text(landscapes[0].axes[0]), gridcolor='#e5e7eb', zeroline=False)
     figure.update_yaxes(title_text='loss', gridcolor='#e5e7eb', zeroline=False)
     _dress(figure)
@@ -171,7 +175,6 @@ def _curves(landscapes: Sequence[Landscape], scale: Scale) -> tuple[go.Figure, d
 def _dress(figure: go.Figure) -> None:
     figure.update_layout(
         font=_FONT,
-        margin={'l': 10, 'r': 10, 't': 50, 'b': 10},
         hoverlabel={'bgcolor': 'white', 'font': {'color': '#24292f'}},
         template='none',
     )
@@ -179,10 +182,9 @@ def _dress(figure: go.Figure) -> None:
 
 def _hover(landscape: Landscape) -> list[Any]:
     """What is shown at every point."""
-    lines = np.vectorize(lambda loss: f'loss {number(loss)}', otypes=[object])(landscape.loss)
+    lines = _worded(landscape.loss, lambda loss: f'loss {number(loss)}')
     if landscape.accuracy is not None:
-        accuracies = np.vectorize(lambda value: f'<br>accuracy {100 * value:.1f} %', otypes=[object])
-        lines = lines + accuracies(landscape.accuracy)
+        lines = lines + _worded(landscape.accuracy, lambda value: f'<br>accuracy {100 * value:.1f} %')
     at = [[f'{value:.3g}' for value in axis] for axis in landscape.coordinates]
     if len(at) == 1:
         return [f'at {x}<br>{line}' for x, line in zip(at[0], lines, strict=True)]
@@ -190,6 +192,12 @@ def _hover(landscape: Landscape) -> list[Any]:
         [f'at ({x}, {y})<br>{line}' for x, line in zip(at[0], row, strict=True)]
         for y, row in zip(at[1], lines, strict=True)
     ]
+
+
+def _worded(values: np.ndarray, word: Callable[[float], str]) -> np.ndarray:
+    words = np.empty(values.shape, dtype=object)
+    words.flat = [word(value) for value in values.flat]
+    return words
 
 
 def _gaps(values: Any) -> list[float | None]:
@@ -265,7 +273,10 @@ function follow(change) {
   Plotly.relayout(div, cameras).then(() => { turning = false; });
 }
 
-Plotly.newPlot(div, figure.data, figure.layout, {responsive: true, displaylogo: false}).then(() => {
+// No button that sends the data to a server.
+const config = {responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: ''};
+
+Plotly.newPlot(div, figure.data, figure.layout, config).then(() => {
   if (scenes.length > 1) { div.on('plotly_relayouting', follow); div.on('plotly_relayout', follow); }
   for (const name of Object.keys(views)) document.getElementById(name).onclick = () => show(name);
   return show('@@START@@');

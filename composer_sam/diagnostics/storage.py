@@ -149,7 +149,7 @@ class Rows:
             return cls(landscape, arrays['done'])
         except FileNotFoundError:
             raise LandscapeError(f'{path} does not exist') from None
-        except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
             if isinstance(error, LandscapeError):
                 raise
             raise LandscapeError(f'{path}: not a stored landscape ({type(error).__name__}: {error})') from None

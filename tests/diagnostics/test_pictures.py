@@ -1,0 +1,224 @@
+"""Pictures and pages of loss landscapes: what they show, on which scale, and that a page needs no network."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from composer_sam.diagnostics.landscape import Mark
+from composer_sam.diagnostics.page import page
+from composer_sam.diagnostics.pictures import Scale, contours, curves, heading, surfaces
+from composer_sam.diagnostics.storage import Landscape
+
+
+def plane(label: str = 'A', curvature: float = 1.0, floor: float = 0.5, accuracy: bool = True) -> Landscape:
+    x, y = np.linspace(-1, 1, 7), np.linspace(-1, 1, 5)
+    bowl = x[None, :] ** 2 + 2 * y[:, None] ** 2
+    loss = floor + curvature * bowl
+    mark = Mark(label, (0.0, 0.0), floor, 0.75 if accuracy else None)
+    return Landscape(label, ('u', 'v'), (x, y), loss, 1 / (1 + bowl) if accuracy else None, (mark,))
+
+
+def line(label: str = 'A', curvature: float = 1.0, accuracy: bool = True) -> Landscape:
+    x = np.linspace(-1, 1, 9)
+    loss = 0.1 + curvature * x**2
+    return Landscape(label, ('u',), (x,), loss, 1 / (1 + loss) if accuracy else None, (Mark(label, (0.0,), 0.1, 0.9),))
+
+
+def with_gaps(landscape: Landscape) -> Landscape:
+    landscape.loss.flat[0], landscape.loss.flat[1], landscape.loss.flat[-1] = np.nan, np.inf, np.inf
+    return landscape
+
+
+def drawn(figure: Figure, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        figure.savefig(tmp_path / 'figure.png', dpi=40)
+    assert (tmp_path / 'figure.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_scale_spans_all_landscapes_and_is_logarithmic_for_wide_ranges() -> None:
+    scale = Scale.of([plane(floor=0.5), plane(curvature=3, floor=1)])
+    assert (scale.low, scale.high, scale.log) == (0.5, 10.0, False)
+    assert Scale.of([plane(floor=0.5), plane(curvature=3, floor=1)], log_from=10).log
+    assert Scale.of([plane(floor=1e-3)]).log
+    assert not Scale.of([plane(floor=0.0)]).log  # no logarithm of zero
+    assert not Scale.of([plane(floor=-1.0, curvature=1e5)]).log
+
+
+@pytest.mark.parametrize(
+    'scale', [Scale(0.4, 7.1, True), Scale(0.4, 7.1, False), Scale(1e-8, 1e9, True), Scale(-3, 4, False)]
+)
+def test_round_losses_are_in_the_range_ascending_and_not_too_many(scale: Scale) -> None:
+    for most in (7, 24):
+        losses = scale.round_losses(most)
+        assert 3 <= len(losses) <= most + 1
+        assert losses == sorted(set(losses))
+        assert scale.low <= losses[0] and losses[-1] <= scale.high
+
+
+def test_contours_of_several_checkpoints_share_colours_and_levels(tmp_path: Path) -> None:
+    figure = contours([plane('A'), plane('B', curvature=0.2, floor=1)], 'title')
+    first, second, bar = figure.axes
+    filled = [axes.collections[0] for axes in (first, second)]
+    assert [sets.norm.vmin for sets in filled] == [filled[0].norm.vmin] * 2
+    assert [list(sets.levels) for sets in filled] == [list(filled[0].levels)] * 2
+    rings = [set(axes.collections[1].levels) for axes in (first, second)]
+    assert rings[1] < rings[0]
+    assert first.get_title() == 'A: loss 0.5, accuracy 75.0 %'
+    assert (first.get_xlabel(), first.get_ylabel(), bar.get_ylabel()) == ('u', 'v', 'loss')
+    drawn(figure, tmp_path)
+
+
+def test_surfaces_share_heights(tmp_path: Path) -> None:
+    figure = surfaces([plane('A'), plane('B', curvature=0.2, floor=1)])
+    first, second = figure.axes
+    assert first.get_zlim() == second.get_zlim()
+    assert first.get_zlim()[1] == pytest.approx(3.5)
+    drawn(figure, tmp_path)
+
+
+def test_curves_are_in_one_pair_of_axes_with_accuracies_beside_them(tmp_path: Path) -> None:
+    landscapes = [line('A'), line('B', curvature=0.3)]
+    figure = curves(landscapes)
+    losses, accuracies = figure.axes
+    shown = [one for one in losses.lines if len(one.get_xdata()) > 1]
+    assert [one.get_label() for one in shown] == ['A', 'B']
+    assert [text.get_text() for text in losses.get_legend().get_texts()] == ['A', 'B']
+    for one, landscape in zip(shown, landscapes, strict=True):
+        np.testing.assert_array_equal(one.get_ydata(), landscape.loss)
+    assert len({(one.get_color(), one.get_linestyle()) for one in shown}) == 2
+    assert accuracies.get_ylabel() == 'accuracy (%)'
+    drawn(figure, tmp_path)
+    assert len(curves([line('A'), line('B', accuracy=False)]).axes) == 1
+
+
+@pytest.mark.parametrize('draw', [contours, surfaces])
+@pytest.mark.parametrize('floor', [0.5, 1e-6])
+def test_planes_with_gaps_are_drawn(draw: Any, floor: float, tmp_path: Path) -> None:
+    drawn(draw([with_gaps(plane(floor=floor)), plane('B', floor=floor)]), tmp_path)
+
+
+def test_lines_with_gaps_are_drawn(tmp_path: Path) -> None:
+    figure = curves([with_gaps(line())])
+    values = figure.axes[0].lines[0].get_ydata()
+    assert np.isnan(values[[0, 1, -1]]).all() and np.isfinite(values[2:-1]).all()
+    drawn(figure, tmp_path)
+
+
+@pytest.mark.parametrize('value', [np.nan, 1.0])
+def test_a_landscape_without_a_finite_loss_or_with_a_single_one_is_drawn(value: float, tmp_path: Path) -> None:
+    flat, flat_line = plane(), line()
+    flat.loss[:], flat_line.loss[:] = value, value
+    for figure in (contours([flat]), surfaces([flat]), curves([flat_line])):
+        drawn(figure, tmp_path)
+    assert 'null' in read(page([flat], 'flat'))['views'] or value == 1.0
+
+
+@pytest.mark.parametrize('count', [1, 3, 4, 7])
+def test_any_number_of_checkpoints_has_a_panel_each(count: int, tmp_path: Path) -> None:
+    landscapes = [plane(str(index)) for index in range(count)]
+    for figure, bars in ((contours(landscapes), 1), (surfaces(landscapes), 0)):
+        assert sum(axes.get_visible() for axes in figure.axes) == count + bars
+        drawn(figure, tmp_path)
+
+
+def test_a_plane_of_several_checkpoints_names_them() -> None:
+    landscape = plane()
+    marks = (Mark('A', (0.0, 0.0), 0.5), Mark('B', (0.5, 0.5), 1.25))
+    both = Landscape('through A and B', landscape.axes, landscape.coordinates, landscape.loss, None, marks)
+    assert [text.get_text() for text in contours([both]).axes[0].texts if ':' in text.get_text()] == [
+        'A: 0.5',
+        'B: 1.25',
+    ]
+    assert heading(both) == 'through A and B'
+
+
+class Loads(HTMLParser):
+    """What a browser would fetch for a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.policy = ''
+        self.scripts = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.scripts += tag == 'script'
+        given = dict(attrs)
+        self.found += [str(given[name]) for name in ('src', 'href', 'data', 'action') if name in given]
+        if given.get('http-equiv') == 'Content-Security-Policy':
+            self.policy = str(given['content'])
+
+
+def read(html: str) -> dict[str, str]:
+    found = re.search(r'^const figure = (.*), views = (\{.*\});$', html, flags=re.MULTILINE)
+    assert found is not None
+    return {'figure': found[1], 'views': found[2]}
+
+
+def test_a_page_loads_nothing_and_forbids_to() -> None:
+    html = page([plane()], 'title')
+    loads = Loads()
+    loads.feed(html)
+    assert loads.found == []
+    assert loads.scripts == 2
+    policy = dict(rule.split(maxsplit=1) for rule in loads.policy.split(';'))
+    assert policy['default-src'] == "'none'"
+    assert not any('http' in sources or '*' in sources for sources in policy.values())
+    assert "showSendToCloud: false, plotlyServerURL: ''" in html
+    assert 'Plotly' in html and len(html) > 1e6  # the library is in it
+
+
+def test_a_page_of_surfaces_holds_its_numbers_linear_and_logarithmic() -> None:
+    landscapes = [plane('A'), plane('B', curvature=0.2, floor=1)]
+    parts = {name: json.loads(text) for name, text in read(page(landscapes, 'title')).items()}
+    traces = parts['figure']['data']
+    assert [trace['type'] for trace in traces] == ['surface', 'scatter3d'] * 2
+    for index, landscape in enumerate(landscapes):
+        surface = traces[2 * index]
+        assert surface['x'] == landscape.coordinates[0].tolist()
+        assert surface['y'] == landscape.coordinates[1].tolist()
+        assert parts['views']['linear']['data']['z'][2 * index] == landscape.loss.tolist()
+        np.testing.assert_allclose(parts['views']['log']['data']['z'][2 * index], np.log10(landscape.loss))
+        corner = f'at (-1, -1)<br>loss {landscape.loss[0, 0]:.3g}<br>accuracy 25.0 %'
+        assert surface['text'][0][0] == corner
+        assert surface['text'][1][0].startswith('at (-1, -0.5)')
+        # With a template the library looks texts up the other way round.
+        assert surface['hoverinfo'] == 'text' and 'hovertemplate' not in surface
+        assert surface['coloraxis'] == 'coloraxis'
+        assert parts['views']['linear']['data']['z'][2 * index + 1] == [landscape.marks[0].loss]
+    layout = parts['views']['linear']['layout']
+    assert layout['scene.zaxis.range'] == layout['scene2.zaxis.range']
+    assert (layout['coloraxis.cmin'], layout['coloraxis.cmax']) == (0.5, 3.5)
+
+
+def test_a_page_of_curves_holds_its_numbers() -> None:
+    landscape = with_gaps(line())
+    parts = {name: json.loads(text) for name, text in read(page([landscape], 'title')).items()}
+    curve = parts['figure']['data'][0]
+    assert curve['x'] == landscape.coordinates[0].tolist()
+    assert curve['y'] == [None, None, *landscape.loss[2:-1].tolist(), None]
+    assert parts['views']['log']['layout']['yaxis.type'] == 'log'
+
+
+def test_the_scale_starts_logarithmic_only_where_it_is_in_the_pictures() -> None:
+    assert "return show('linear')" in page([plane()], 'title')
+    assert "return show('log')" in page([plane(floor=1e-4)], 'title')
+
+
+def test_text_is_text_in_a_page() -> None:
+    hostile = '</script><img src="http://example.org/x">@@LIBRARY@@'
+    html = page([plane(hostile)], hostile, [hostile])
+    loads = Loads()
+    loads.feed(html)
+    assert loads.found == [] and loads.scripts == 2
+    assert json.loads(read(html)['figure'])['layout']['annotations'][0]['text'].startswith('&lt;/script&gt;')
