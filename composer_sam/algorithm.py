@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 
 from composer.algorithms import GradientClipping
 from composer.algorithms.sam import SAMOptimizer
+from composer.callbacks import MemoryMonitor
 from composer.core import Algorithm, Event, Precision, State, Time, Timestamp, TimeUnit
 from composer.distributed import DDPSyncStrategy
 from composer.loggers import Logger
@@ -21,12 +23,15 @@ from composer.optim import ComposerScheduler
 
 from composer_sam.controls import TrainerControl, closure_cell
 from composer_sam.counting import count
+from composer_sam.distributed import always_synchronises
 from composer_sam.grad_scaler import GradScaler
 from composer_sam.selection import Selection, check_selection
 from composer_sam.step import Passes, Step
 from composer_sam.vectors import PerParameter, each
 
 __all__ = ['Moment', 'SharpnessAware', 'choice', 'hyperparameter']
+
+log = logging.getLogger(__name__)
 
 
 def hyperparameter(
@@ -212,7 +217,6 @@ class SharpnessAware(Algorithm):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Swap the trainer's optimizer for the wrapper around it, once, also over several fits."""
-        del logger
         from composer_sam.optimizer import SharpnessAwareOptimizer
 
         self._install_scaler(state)
@@ -229,7 +233,13 @@ class SharpnessAware(Algorithm):
             raise ValueError(
                 f'composer.algorithms.SAM has wrapped the optimizer already: use it or {type(self).__name__}, not both'
             )
-        state.optimizers = SharpnessAwareOptimizer(optimizer, self, state.model, trainer=TrainerLink(state))
+        if always_synchronises(state.model) and not self.sync_first_pass and self.passes > 1:
+            log.warning(
+                'FSDP averages every gradient over the ranks, so all ranks of %s perturb alike: sync_first_pass=False, '
+                'one perturbation per rank (m-sharpness), has no effect',
+                type(self).__name__,
+            )
+        state.optimizers = SharpnessAwareOptimizer(optimizer, self, state.model, trainer=TrainerLink(state, logger))
 
     def _install_scaler(self, state: State) -> None:
         """At amp_fp16 put a scaler in place that knows of passes; ``fit(precision=...)`` replaces it every time."""
@@ -249,8 +259,9 @@ class SharpnessAware(Algorithm):
 class TrainerLink:
     """What a wrapped optimizer asks its trainer: the time of a step, and control of the trainer's records."""
 
-    def __init__(self, state: State):
+    def __init__(self, state: State, logger: Logger):
         self._state = state
+        self._logger = logger
 
     def moment(self) -> Moment:
         return Moment(self._state.timestamp.batch.value, self._state)
@@ -271,7 +282,13 @@ class TrainerLink:
         """Clip the direction, if the trainer clips gradients."""
         for algorithm in self._state.algorithms:
             if isinstance(algorithm, GradientClipping):
-                algorithm.apply(Event.AFTER_TRAIN_BATCH, self._state, None)  # pyright: ignore[reportArgumentType]
+                algorithm.apply(Event.AFTER_TRAIN_BATCH, self._state, self._logger)
+
+    def passes_done(self) -> None:
+        """Report the memory, if the trainer does: once for all passes."""
+        for callback in self._state.callbacks:
+            if isinstance(callback, MemoryMonitor):
+                callback.after_train_batch(self._state, self._logger)
 
 
 @contextlib.contextmanager

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
+from composer_sam.distributed import replicas
 from composer_sam.step import PLAIN, Pass
 
-__all__ = ['Closure']
+__all__ = ['Closure', 'unsynchronised']
 
 
 class Closure:
@@ -41,3 +44,13 @@ class Closure:
         if loss is None:
             raise ValueError('the closure returned None: it must return the loss it called backward() on')
         return loss
+
+
+def unsynchronised(request: Pass, closure: Closure | None, model: nn.Module | None, trainer: Any) -> Any:
+    """The context that leaves a pass's gradient on its rank, if it is to; Composer's closure mostly does so itself."""
+    ddp = None if request.sync else replicas(model)
+    if ddp is None:
+        return contextlib.nullcontext()
+    if closure is None or not closure.composer:
+        return ddp.no_sync()
+    return contextlib.nullcontext() if trainer is None else trainer.unsynchronised(closure.function)

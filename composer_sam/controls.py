@@ -1,4 +1,4 @@
-"""What a repeated pass must not disturb: random streams, module buffers, and the trainer's metrics and records.
+"""What a repeated pass must not disturb: random streams, modules' buffers and attributes, the trainer's records.
 
 A control is made before the first pass and remembers how it found things. The step tells it ``first_pass_done()`` after
 the first pass, ``rewind()`` before each further pass, ``settle()`` when the passes are over and ``rollback()`` when the
@@ -17,13 +17,14 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import torch
 from composer.algorithms import GradientClipping
+from composer.callbacks import MemoryMonitor
 from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 from torch.utils._pytree import tree_map
 
 from composer_sam.distributed import replicas
 
-__all__ = ['BufferControl', 'Control', 'RandomControl', 'TrainerControl', 'closure_cell']
+__all__ = ['AttributeControl', 'BufferControl', 'Control', 'RandomControl', 'TrainerControl', 'closure_cell']
 
 
 class Control(Protocol):
@@ -158,13 +159,60 @@ class BufferControl:
             torch._foreach_copy_(members, _unflatten_dense_tensors(together, members))
 
 
+class AttributeControl:
+    """What modules keep of their own forwards in plain attributes: counters, masks they chose, hidden states.
+
+    Only modules whose ``forward`` is not torch's own are looked at, and of them attributes that are numbers, words or
+    tensors. A tensor changed in place is not noticed, and neither is what lies in lists and dictionaries.
+    """
+
+    _KINDS = (bool, int, float, str, type(None), Tensor)
+
+    def __init__(self, model: nn.Module):
+        self._modules = [
+            vars(module) for module in model.modules() if not type(module).forward.__module__.startswith('torch.')
+        ]
+        self._before = self._read()
+        # For every module that changed in the first pass: its attributes, what they were, and what they became.
+        self._changed: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
+
+    def first_pass_done(self) -> None:
+        for attributes, before, after in zip(self._modules, self._before, self._read(), strict=True):
+            names = [name for name in before if name in after and after[name] is not before[name]]
+            if names:
+                kept = {name: before[name] for name in names}, {name: after[name] for name in names}
+                self._changed.append((attributes, *kept))
+
+    def rewind(self) -> None:
+        for attributes, before, _ in self._changed:
+            attributes.update(before)
+
+    def settle(self) -> None:
+        for attributes, _, after in self._changed:
+            attributes.update(after)
+
+    def discard(self) -> None:
+        self.rewind()
+
+    def rollback(self) -> None:
+        for attributes, before in zip(self._modules, self._before, strict=True):
+            attributes.update(before)
+
+    def _read(self) -> list[dict[str, Any]]:
+        return [
+            {name: value for name, value in attributes.items() if isinstance(value, self._KINDS)}
+            for attributes in self._modules
+        ]
+
+
 class TrainerControl:
     """Composer's side of a step: train metrics, ``state.outputs``, ``state.loss`` and the micro-batches.
 
     From the second pass on no train metric is updated, and what the trainer shows at BATCH_END is the first pass's.
     The micro-batches are handed to every pass as they were: an algorithm or a transform that changes them in place
     (Composer allows it) would otherwise change them a second time. GradientClipping, which would act on every pass's
-    gradient, is taken out until the direction is found; the step then applies it, once.
+    gradient, and MemoryMonitor, which would report every pass, are taken out until the direction is found; the step
+    then applies them, once.
 
     Args:
         state: Composer's ``State``.
@@ -182,7 +230,9 @@ class TrainerControl:
         self._pristine = tree_map(_clone, self._microbatches)
         self._records: dict[str, Any] = {}
         self._algorithms = list(state.algorithms)
+        self._callbacks = list(state.callbacks)
         state.algorithms = [a for a in self._algorithms if not isinstance(a, GradientClipping)]
+        state.callbacks = [c for c in self._callbacks if not isinstance(c, MemoryMonitor)]
 
     def first_pass_done(self) -> None:
         # The trainer may have moved the metrics to its device, which makes a new dictionary.
@@ -197,6 +247,7 @@ class TrainerControl:
 
     def settle(self) -> None:
         self._state.algorithms = self._algorithms
+        self._state.callbacks = self._callbacks
         self._state.train_metrics = self._metrics
         self._state.batch = self._batch
         if self._cell is not None:

@@ -12,7 +12,17 @@ from torch.distributed.fsdp._runtime_utils import _post_backward_final_callback,
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ['Layout', 'average', 'local', 'must_synchronise', 'replicas', 'to_rest']
+__all__ = [
+    'Layout',
+    'always_synchronises',
+    'average',
+    'local',
+    'must_synchronise',
+    'own_memory',
+    'placed_like',
+    'replicas',
+    'to_rest',
+]
 
 Groups = tuple[dist.ProcessGroup, ...]
 
@@ -32,6 +42,13 @@ def must_synchronise(model: nn.Module | None) -> bool:
     ``static_graph=True``, from which it learns the graph."""
     ddp = replicas(model)
     return ddp is not None and ddp.static_graph and not getattr(ddp, '_static_graph_delay_allreduce_enqueued', True)
+
+
+def always_synchronises(model: nn.Module | None) -> bool:
+    """Whether gradients cannot be left on their ranks at all, because the model is sharded over several."""
+    if model is None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return False
+    return any(isinstance(module, (FullyShardedDataParallel, FSDPModule)) for module in model.modules())
 
 
 def to_rest(model: nn.Module | None) -> None:
@@ -168,6 +185,26 @@ def average(
         averaged.update((place, view) for place, view, some in zip(places, views, anywhere, strict=True) if some)
     found = sorted(averaged)
     return [averaged[place] for place in found], found
+
+
+def placed_like(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient spread over ranks as its parameter is: tensor parallelism leaves parts of a sum where every rank has
+    the parameter but saw some of the samples only, and base optimizers would add them up as well."""
+    if isinstance(parameter, DTensor) and isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
+        return gradient.redistribute(placements=parameter.placements)
+    return gradient
+
+
+def own_memory(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient in memory that no later pass writes to.
+
+    With ``gradient_as_bucket_view`` DistributedDataParallel hands out views of its buckets, and fills these again in
+    the next pass. FSDP's gradients are views as well, but of memory made anew in every backward.
+    """
+    if isinstance(parameter, DTensor) or hasattr(parameter, '_fsdp_flattened'):
+        return gradient
+    alone = gradient.untyped_storage().nbytes() == gradient.numel() * gradient.element_size()
+    return gradient if alone else gradient.clone()
 
 
 def _dense_stride(parameter: Tensor) -> tuple[int, ...]:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from composer_sam.algorithm import Moment, SharpnessAware
-from composer_sam.closures import Closure
-from composer_sam.controls import BufferControl, Control, RandomControl
-from composer_sam.distributed import Layout, replicas
+from composer_sam.closures import Closure, unsynchronised
+from composer_sam.controls import AttributeControl, BufferControl, Control, RandomControl
+from composer_sam.distributed import Layout
 from composer_sam.grad_scaler import unscale
 from composer_sam.nonfinite import NonFinite
 from composer_sam.step import PLAIN, Pass, PlainStep, Step
@@ -277,7 +277,7 @@ class SharpnessAwareOptimizer(Optimizer):
             self._step = step
             try:
                 for request in step.passes():
-                    with self._unsynchronised(request, closure):
+                    with unsynchronised(request, closure, self.model, self.trainer):
                         yield request
                     if self._overflowed() or self._is_nonfinite(step, closure):
                         self._skip()
@@ -300,18 +300,20 @@ class SharpnessAwareOptimizer(Optimizer):
             self.base_optimizer.step()
         else:
             if self.trainer is not None:
+                self.trainer.passes_done()
                 self.trainer.direction_found()
             self.base_optimizer.step()
             step.apply_decoupled(self.param_groups)
             step.commit()
         self.steps_taken += 1
-        # What torch's LR schedulers look for; a loop and two calls do not go through the ``step`` they have wrapped.
-        self._opt_called = True
+        self._opt_called = True  # torch's LR schedulers look for it, and have wrapped ``step`` only
 
     def _skip(self) -> None:
         self.skipped = True
         if self._step is not None:
             self._step.skip(discard=self._nonfinite.skips)
+            if self.trainer is not None:
+                self.trainer.passes_done()
 
     def _overflowed(self) -> bool:
         return self.grad_scaler is not None and not unscale(self.grad_scaler, self)
@@ -322,15 +324,6 @@ class SharpnessAwareOptimizer(Optimizer):
         if not self._nonfinite.skips or scaled:
             return False
         return self._nonfinite.found(step.layout.parameters, step.index)
-
-    def _unsynchronised(self, request: Pass, closure: Closure | None) -> Any:
-        """The context that leaves this pass's gradient on its rank, as far as Composer's closure does not itself."""
-        ddp = None if request.sync else replicas(self.model)
-        if ddp is None:
-            return contextlib.nullcontext()
-        if closure is None or not closure.composer:
-            return ddp.no_sync()
-        return contextlib.nullcontext() if self.trainer is None else self.trainer.unsynchronised(closure.function)
 
     def _step_without_closure(self) -> None:
         # torch.distributed.checkpoint makes a fresh optimizer's state by one step with zero gradients at lr 0.
@@ -359,7 +352,8 @@ class SharpnessAwareOptimizer(Optimizer):
         devices = {parameter.device for parameter in self._current_layout().parameters}
         function = None if closure is None else closure.function
         trainer = () if self.trainer is None else (self.trainer.control(function),)
-        return (RandomControl(devices), *(() if self.model is None else (BufferControl(self.model),)), *trainer)
+        modules = () if self.model is None else (BufferControl(self.model), AttributeControl(self.model))
+        return (RandomControl(devices), *modules, *trainer)
 
     def _moment(self) -> Moment:
         return Moment(batch=self.steps_taken) if self.trainer is None else self.trainer.moment()

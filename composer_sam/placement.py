@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from composer_sam.distributed import Layout, local
 from composer_sam.vectors import Vector
 
-__all__ = ['Placement', 'exchangeable']
+__all__ = ['Placement', 'exchangeable', 'real', 'shaped_like']
 
 _PLAIN = (nn.Parameter, Tensor)
 
@@ -119,3 +120,19 @@ def _sum(weights: list[Tensor], offsets: list[Tensor], factor: Tensor | None, ou
         alpha = 1 if factor is None else factor.item()
         for weight, offset, place in zip(weights, offsets, out, strict=True):
             torch.add(weight, offset, alpha=alpha, out=place)
+
+
+def shaped_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A local tensor of vector mathematics as what the parameter's optimizer expects: complex, or a DTensor."""
+    if local(parameter).is_complex():
+        value = torch.view_as_complex(value)
+    if isinstance(parameter, DTensor):
+        return DTensor.from_local(
+            value,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+    return value

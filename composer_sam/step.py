@@ -11,11 +11,10 @@ from typing import Any, Protocol, TypeAlias
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from composer_sam.controls import Control
-from composer_sam.distributed import Layout, average, local, must_synchronise, replicas, to_rest
-from composer_sam.placement import Placement, real
+from composer_sam.distributed import Layout, average, must_synchronise, own_memory, placed_like, replicas, to_rest
+from composer_sam.placement import Placement, real, shaped_like
 from composer_sam.selection import Selection, names_of, select
 from composer_sam.vectors import Number, PerParameter, Vector, add, restrict, scale, to_radius
 
@@ -310,10 +309,10 @@ class Step:
             values = [value.detach() if value.requires_grad else value for value in values]
         if not self.layout.plain:
             values = [
-                real(_placed_like(self.layout.parameters[place], v)) for v, place in zip(values, where, strict=True)
+                real(placed_like(self.layout.parameters[place], v)) for v, place in zip(values, where, strict=True)
             ]
         if dist.is_available() and dist.is_initialized():
-            values = [_own_memory(v, self.layout.parameters[place]) for v, place in zip(values, where, strict=True)]
+            values = [own_memory(v, self.layout.parameters[place]) for v, place in zip(values, where, strict=True)]
         self._check_memory(values, where)
         return Vector(values, where, self.layout)
 
@@ -350,29 +349,8 @@ class Step:
         """Parameters and the vector's tensors, these in the form the base optimizer expects."""
         pairs = zip(vector.values, vector.where, strict=True)
         return [
-            (self.layout.parameters[where], _shaped_like(self.layout.parameters[where], value))
-            for value, where in pairs
+            (self.layout.parameters[where], shaped_like(self.layout.parameters[where], value)) for value, where in pairs
         ]
-
-
-def _placed_like(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient spread over ranks as its parameter is: tensor parallelism leaves parts of a sum where every rank has
-    the parameter but saw some of the samples only, and base optimizers would add them up as well."""
-    if isinstance(parameter, DTensor) and isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
-        return gradient.redistribute(placements=parameter.placements)
-    return gradient
-
-
-def _own_memory(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """The gradient in memory that no later pass writes to.
-
-    With ``gradient_as_bucket_view`` DistributedDataParallel hands out views of its buckets, and fills these again in
-    the next pass. FSDP's gradients are views as well, but of memory made anew in every backward.
-    """
-    if isinstance(parameter, DTensor) or hasattr(parameter, '_fsdp_flattened'):
-        return gradient
-    alone = gradient.untyped_storage().nbytes() == gradient.numel() * gradient.element_size()
-    return gradient if alone else gradient.clone()
 
 
 def _read_memory(layout: Layout, state: Mapping[Tensor, dict[str, Any]]) -> dict[str, Vector]:
@@ -384,19 +362,3 @@ def _read_memory(layout: Layout, state: Mapping[Tensor, dict[str, Any]]) -> dict
                 values.append(real(value))
                 where.append(place)
     return {name: Vector(values, where, layout) for name, (values, where) in found.items()}
-
-
-def _shaped_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """A local tensor of vector mathematics as what the parameter's optimizer expects: complex, or a DTensor."""
-    if local(parameter).is_complex():
-        value = torch.view_as_complex(value)
-    if isinstance(parameter, DTensor):
-        return DTensor.from_local(
-            value,
-            parameter.device_mesh,
-            parameter.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
-    return value

@@ -141,11 +141,11 @@ def test_frozen_parameters_and_parameters_without_gradient(name: str) -> None:
             torch.manual_seed(0)
             self.trunk, self.first, self.later, self.never, self.frozen = (nn.Linear(4, 4) for _ in range(5))
             self.frozen.requires_grad_(False)
-            self.calls = 0
+            self.calls: list[int] = []  # not put back between passes, as a number would be
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.calls += 1
-            branch = self.first if self.calls == 1 else self.later
+            self.calls.append(1)
+            branch = self.first if len(self.calls) == 1 else self.later
             return self.frozen(branch(torch.tanh(self.trunk(x))))
 
     model = Branches()

@@ -173,3 +173,49 @@ def test_nothing_is_held_between_steps(name: str) -> None:
     optimizer.step(Closure(model, batch, graph=needs_graph(name)))
     optimizer.zero_grad()
     assert held(optimizer, model) - before < 10_000  # a copy of the parameters would be 365 kB
+
+
+class _Counting(nn.Module):
+    """Counts its forwards, carries a hidden state and picks a mask every third forward, in plain attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forwards = 0
+        self.hidden = torch.zeros(9)
+        self.mask: torch.Tensor | None = None
+        self.seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.forwards % 3 == 0:
+            self.mask = torch.rand(9)
+        self.forwards += 1
+        self.seen.append((self.forwards, self.hidden, self.mask))
+        out = x * self.mask + self.hidden
+        self.hidden = out.detach().mean(0)
+        return out
+
+
+@pytest.mark.parametrize('fault', [False, True])
+@pytest.mark.parametrize('name', METHODS)
+def test_attributes_modules_keep_of_their_forwards_are_put_back(name: str, fault: bool) -> None:
+    torch.manual_seed(2)
+    counting = _Counting()
+    model = network(dropout=0.0)
+    model.insert(1, counting)
+    optimizer = SharpnessAwareOptimizer(BASES['SGD'](model.parameters()), registry[name](), model)
+    optimizer.step(Closure(model, batches(1)[0], graph=needs_graph(name)))
+    before = (counting.forwards, counting.hidden, counting.mask)
+    counting.seen.clear()
+    error = RuntimeError('injected') if fault else None
+    closure = Closure(model, batches(2)[1], error, optimizer.method.passes, graph=needs_graph(name))
+    if fault:
+        with pytest.raises(RuntimeError, match='injected'):
+            optimizer.step(closure)
+        assert (counting.forwards, counting.hidden, counting.mask) == before
+        return
+    optimizer.step(closure)
+    assert len(counting.seen) == optimizer.method.passes
+    assert all(same(counting.seen[0], seen) for seen in counting.seen)
+    assert counting.forwards == 2
+    with torch.no_grad():
+        assert counting.hidden is not before[1] and counting.mask is before[2]
