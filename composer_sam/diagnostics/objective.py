@@ -202,8 +202,10 @@ class Objective:
                 yield
         finally:
             self._random = None
-            state.restore()
-            randomness.restore()
+            try:
+                state.restore()
+            finally:
+                randomness.restore()
 
     @contextlib.contextmanager
     def at(self, offset: Sequence[Tensor] | None) -> Iterator[None]:

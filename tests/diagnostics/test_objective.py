@@ -98,6 +98,14 @@ def test_batches_are_read_once_and_no_further_than_needed() -> None:
     assert objective.value() == objective.value()
 
 
+def test_a_shuffling_loader_gives_the_same_samples_every_time() -> None:
+    data = TensorDataset(*(torch.cat(parts) for parts in zip(*batches(), strict=True)))
+    loader = DataLoader(data, batch_size=4, shuffle=True)
+    first = Objective(classifier(), cross_entropy, loader, samples=6).value()
+    torch.rand(5)
+    assert Objective(classifier(), cross_entropy, loader, samples=6).value() == first
+
+
 def test_one_value_per_sample_counts_as_their_mean() -> None:
     def per_sample(outputs: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(outputs, targets, reduction='none')
