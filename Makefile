@@ -3,7 +3,7 @@ PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.10,$(shell python$(v) -c 'import s
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all check format lint types clean
+.PHONY: demo test test-all gpu check format lint types clean
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not ((3, 10) <= sys.version_info[:2] <= (3, 12)))' \
@@ -22,6 +22,11 @@ test: $(VENV)/.installed
 
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -m ''
+
+gpu: $(VENV)/.installed
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+	then $(BIN)/python -m pytest -m gpu tests/gpu && $(BIN)/python -m benchmarks.gpu; \
+	else echo 'no GPU here: nothing to run'; fi
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
