@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -194,3 +195,29 @@ def test_two_processes_train_and_one_speaks(tmp_path: Path) -> None:
     assert [line for line in output.splitlines() if 'test accuracy' in line and 'after 21 steps' in line], output
     assert output.count('test accuracy') == 1
     assert (tmp_path / 'config.yaml').is_file()
+
+
+@pytest.mark.slow
+def test_two_nodes_of_two_ranks(tmp_path: Path) -> None:
+    """The two lines of the README, each on what would be a machine of its own."""
+    common = ('--world_size', '4', '--master_addr', '127.0.0.1', '--master_port', str(_free_port()))
+    nodes = [
+        run(
+            *('train', SAM, *QUICK, f'save_folder={tmp_path}'),
+            launcher=(
+                *(sys.executable, '-m', 'composer.cli', '-n', '2', *common),
+                *('--node_rank', str(node), '--base_rank', str(2 * node)),
+            ),
+        )
+        for node in (0, 1)
+    ]
+    for node in nodes:
+        output, _ = node.communicate(timeout=300)
+        assert node.returncode == 0, output
+    assert list(tmp_path.glob('**/*.pt'))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
