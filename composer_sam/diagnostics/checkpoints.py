@@ -42,6 +42,7 @@ __all__ = [
     'check_files',
     'default_labels',
     'landscapes',
+    'listed',
     'load_weights',
     'measurements',
 ]
@@ -149,6 +150,11 @@ def default_labels(paths: Sequence[Path]) -> list[str]:
         if len(set(alternatives)) == len(paths):
             return list(alternatives)
     raise CheckpointError('the checkpoints cannot be told apart by file and folder; name them with --labels A,B')
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names as a sentence has them: A, B and C."""
+    return ' and '.join(filter(None, [', '.join(names[:-1]), names[-1]]))
 
 
 @dataclass(frozen=True)
@@ -278,7 +284,7 @@ def _subspaces(request: Request, problem: Problem) -> list[tuple[str, list[Path]
         for path in request.paths:
             load_weights(model, path)
             corners.append(weights_of(model))
-        label = f'through {", ".join(request.labels[:-1])} and {request.labels[-1]}'
+        label = f'through {listed(request.labels)}'
         return [(label, list(request.paths), Through.of(corners, request.labels))]
     found: list[tuple[str, list[Path], Subspace]] = []
     places = ('',) if request.dims == 1 else (' 1', ' 2')

@@ -274,7 +274,7 @@ def _work(connection: Connection) -> None:
             while True:
                 connection.send((index, task.row(index, measure)))
                 index = connection.recv()
-    except EOFError:
+    except (EOFError, ConnectionError):  # the first process needs nothing more, or is gone
         return
     except Exception as error:
         connection.send(error)

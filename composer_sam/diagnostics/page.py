@@ -196,7 +196,8 @@ def _hover(landscape: Landscape) -> list[Any]:
 
 def _worded(values: np.ndarray, word: Callable[[float], str]) -> np.ndarray:
     words = np.empty(values.shape, dtype=object)
-    words.flat = [word(value) for value in values.flat]
+    for place, value in np.ndenumerate(values):
+        words[place] = word(value)
     return words
 
 

@@ -115,13 +115,14 @@ def contours(landscapes: Sequence[Landscape], title: str = '') -> Figure:
     """The losses over a plane, side by side with the same contour lines and the same colours."""
     scale = Scale.of(landscapes, _LOG_COLORS)
     rows, columns = _arrangement(len(landscapes))
-    figure = Figure(figsize=(4.3 * columns + 1.1, 4.15 * rows + 0.35), layout='constrained')
+    figure = Figure(figsize=(4.3 * columns + 1.1, 4.35 * rows + _caption_inches(title)), layout='constrained')
     panels = figure.subplots(rows, columns, squeeze=False)
     low, high = scale.height([scale.low, scale.high])
     # A hair more than the range, which rounding would put the extreme losses out of.
     shades = np.linspace(low, high + 1e-9 * (high - low), _SHADES + 1)
     lines = scale.height(scale.round_losses(_RINGS))
     solid: dict[str, Any] = {'negative_linestyles': 'solid'}  # heights below zero are nothing special
+    ticks = scale.height(scale.round_losses(10))
     drawn = None
     for axes, landscape in zip(panels.flat, landscapes, strict=False):
         axes.set_facecolor(_GAP)
@@ -133,7 +134,8 @@ def contours(landscapes: Sequence[Landscape], title: str = '') -> Figure:
             rings = axes.contour(
                 *landscape.coordinates, heights, levels=crossed, colors='white', linewidths=0.8, **solid
             )
-            axes.clabel(rings, fmt=lambda height: number(10**height if scale.log else height), fontsize=8)
+            named = [line for line in crossed if np.isclose(line, ticks, rtol=1e-6, atol=1e-9).any()]
+            axes.clabel(rings, named, fmt=lambda height: number(10**height if scale.log else height), fontsize=8)
         _mark_plane(axes, landscape)
         axes.set(xlabel=landscape.axes[0], ylabel=landscape.axes[1])
         axes.set_title(heading(landscape), fontsize=11)
@@ -143,8 +145,7 @@ def contours(landscapes: Sequence[Landscape], title: str = '') -> Figure:
         axes.set_visible(False)
     if drawn is not None:
         bar = figure.colorbar(drawn, ax=panels, shrink=0.85, pad=0.02, label='loss')
-        ticks = scale.round_losses(8)
-        bar.set_ticks(list(scale.height(ticks)), labels=[number(tick) for tick in ticks])
+        bar.set_ticks(list(ticks), labels=[number(loss) for loss in scale.round_losses(10)])
     _entitle(figure, title)
     return figure
 
@@ -153,9 +154,12 @@ def surfaces(landscapes: Sequence[Landscape], title: str = '') -> Figure:
     """The losses over a plane as surfaces, side by side with the same heights and the same colours."""
     scale = Scale.of(landscapes)
     rows, columns = _arrangement(len(landscapes))
-    figure = Figure(figsize=(5.4 * columns, 4.7 * rows + 0.2))
+    height = 4.5 * rows + _caption_inches(title)
+    figure = Figure(figsize=(5.4 * columns, height))
     panels = figure.subplots(rows, columns, squeeze=False, subplot_kw={'projection': '3d', 'computed_zorder': False})
-    figure.subplots_adjust(left=0.01, right=0.96, bottom=0.03, top=0.94, wspace=0.05, hspace=0.08)
+    figure.subplots_adjust(
+        left=0.01, right=0.96, bottom=0.03, top=1 - (_caption_inches(title) + 0.15) / height, wspace=0.05, hspace=0.08
+    )
     low, high = (float(height) for height in scale.height([scale.low, scale.high]))
     floor = low - 0.25 * (high - low)
     ticks, lines = scale.round_losses(7), scale.height(scale.round_losses(_RINGS))
@@ -227,6 +231,10 @@ def _arrangement(count: int) -> tuple[int, int]:
     """Rows and columns for so many panels."""
     columns = min(count, 3 if count != 4 else 2)
     return -(-count // columns), columns
+
+
+def _caption_inches(title: str) -> float:
+    return 0.22 * (1 + title.count('\n')) if title else 0.0
 
 
 def _entitle(figure: Figure, title: str) -> None:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from composer_sam.diagnostics import pictures
-from composer_sam.diagnostics.checkpoints import Request
+from composer_sam.diagnostics.checkpoints import Request, listed
 from composer_sam.diagnostics.page import page
 from composer_sam.diagnostics.storage import Landscape
 
@@ -25,7 +25,7 @@ _WIDTH = 200
 _DIRECTIONS = {
     'random': 'random filter-normalised directions (seed {seed})',
     'hessian': 'along the eigenvectors of the Hessian with the largest eigenvalues',
-    'checkpoints': 'between checkpoints',
+    'checkpoints': 'on the {through} through them',
 }
 
 
@@ -58,12 +58,10 @@ def console() -> Console:
 
 def write_pictures(landscapes: Sequence[Landscape], request: Request, folder: Path) -> list[Path]:
     """Draws the landscapes into ``folder`` and returns the files."""
-    title = f'Loss around {", ".join(request.labels)}'
-    if request.directions == 'checkpoints':
-        title = f'Loss {landscapes[0].label}'
+    title = f'Loss {"between" if request.directions == "checkpoints" else "around"} {listed(request.labels)}'
     samples = landscapes[0].about['samples']
     notes = [
-        _DIRECTIONS[request.directions].format(seed=request.seed),
+        _DIRECTIONS[request.directions].format(seed=request.seed, through=('line', 'plane')[request.dims - 1]),
         f'{samples} {"training" if request.split == "train" else "test"} samples',
     ]
     caption = f'{title}\n{", ".join(notes)}'
