@@ -1,0 +1,53 @@
+"""A small network, samples for it, and a loss that fails when told to."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from composer_sam.diagnostics.landscape import Around, grid_axis, random_directions
+
+__all__ = ['Counted', 'around', 'axes', 'cross_entropy', 'data', 'network']
+
+cross_entropy = nn.functional.cross_entropy
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(48, 5)
+    )
+    for _ in range(3):  # running statistics of its own
+        model(2 * torch.randn(8, 1, 6, 6) + seed)
+    return model
+
+
+def data(seed: int = 7) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(n, 1, 6, 6, generator=generator), torch.randint(5, (n,), generator=generator)) for n in (9, 4)]
+
+
+def around(model: nn.Module, dims: int = 2, seed: int = 0) -> Around:
+    return Around.of(model, random_directions(model, seed, dims), ['u', 'v'][:dims], 'here')
+
+
+def axes(resolution: int, dims: int = 2, reach: float = 1.0) -> list[np.ndarray]:
+    return [grid_axis(-reach, reach, resolution)] * dims
+
+
+class Counted:
+    """A loss that counts its calls and fails at one of them; and, where told to, ends the process."""
+
+    def __init__(self, fail_at: int = 0, leave: bool = False):
+        self.calls, self.fail_at, self.leave = 0, fail_at, leave
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == self.fail_at:
+            if self.leave:
+                os._exit(1)
+            raise RuntimeError('injected')
+        return cross_entropy(outputs, targets)
