@@ -13,7 +13,7 @@ from torch import nn
 from composer_sam.distributed import replicas
 from composer_sam.step import PLAIN, Pass
 
-__all__ = ['Closure', 'unsynchronised']
+__all__ = ['Closure', 'makes_state', 'unsynchronised']
 
 
 class Closure:
@@ -54,3 +54,11 @@ def unsynchronised(request: Pass, closure: Closure | None, model: nn.Module | No
     if closure is None or not closure.composer:
         return ddp.no_sync()
     return contextlib.nullcontext() if trainer is None else trainer.unsynchronised(closure.function)
+
+
+def makes_state(groups: list[dict[str, Any]], state: Any) -> bool:
+    """Whether a step without a closure is how torch.distributed.checkpoint makes a fresh optimizer's state: one step
+    with zero gradients at lr 0."""
+    gradients = [p.grad for group in groups for p in group['params'] if p.grad is not None]
+    idle = all(float(group.get('lr', 0.0)) == 0.0 for group in groups)
+    return bool(gradients) and idle and not state and not any(bool(g.any()) for g in gradients)

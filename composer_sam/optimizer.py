@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from composer_sam.algorithm import Moment, SharpnessAware
-from composer_sam.closures import Closure, unsynchronised
+from composer_sam.closures import Closure, makes_state, unsynchronised
 from composer_sam.controls import AttributeControl, BufferControl, Control, RandomControl
 from composer_sam.distributed import Layout
 from composer_sam.grad_scaler import unscale
 from composer_sam.nonfinite import NonFinite
-from composer_sam.step import PLAIN, Pass, PlainStep, Step
+from composer_sam.step import PLAIN, Observer, Pass, PlainStep, Step
 from composer_sam.two_calls import TwoCalls
 
 __all__ = ['SharpnessAwareOptimizer']
@@ -57,6 +57,8 @@ class SharpnessAwareOptimizer(Optimizer):
         steps_taken (int): steps so far, for ``interval``. It is not part of the base optimizer's state: when you resume
             a loop of your own, set it to the number of steps taken. Under a Trainer its timestamp counts instead.
         skipped (bool): whether the last step was skipped, because a gradient overflowed or was not finite.
+        observer: called on every perturbed step with the plain gradient at w and what replaces it, averaged over ranks;
+            see :func:`composer_sam.diagnostics.gradient_geometry`. None costs nothing.
 
     Raises:
         TypeError: ``base_optimizer`` is no torch optimizer or ``method`` no method.
@@ -103,6 +105,7 @@ class SharpnessAwareOptimizer(Optimizer):
         self.grad_scaler = grad_scaler
         self.steps_taken = 0
         self.skipped = False
+        self.observer: Observer | None = None
         self._step: Step | None = None
         self._layout: tuple[tuple[int, ...], Layout] | None = None
         self._nonfinite = NonFinite(method.on_nonfinite)
@@ -274,6 +277,7 @@ class SharpnessAwareOptimizer(Optimizer):
         method = self._resolved(moment) if perturbs else PlainStep()
         with Step(method, self._current_layout(), self.state, self.model, moment.batch) as step:
             step.guard(controls or self.controls(closure))
+            step.observer = self.observer if perturbs else None
             self._step = step
             try:
                 for request in step.passes():
@@ -326,10 +330,7 @@ class SharpnessAwareOptimizer(Optimizer):
         return self._nonfinite.found(step.layout.parameters, step.index)
 
     def _step_without_closure(self) -> None:
-        # torch.distributed.checkpoint makes a fresh optimizer's state by one step with zero gradients at lr 0.
-        gradients = [p.grad for group in self.param_groups for p in group['params'] if p.grad is not None]
-        idle = all(float(group.get('lr', 0.0)) == 0.0 for group in self.param_groups)
-        if gradients and idle and not self.state and not any(bool(g.any()) for g in gradients):
+        if makes_state(self.param_groups, self.state):
             self.base_optimizer.step()
             return
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
@@ -18,7 +18,7 @@ from composer_sam.placement import Placement, real, shaped_like
 from composer_sam.selection import Selection, names_of, select
 from composer_sam.vectors import Number, PerParameter, Vector, add, restrict, scale, to_radius
 
-__all__ = ['PLAIN', 'Direction', 'Method', 'Pass', 'Passes', 'PlainStep', 'Step']
+__all__ = ['PLAIN', 'Direction', 'Method', 'Observer', 'Pass', 'Passes', 'PlainStep', 'Step']
 
 # Method state lies beside the base optimizer's own, under keys no optimizer uses.
 MEMORY_PREFIX = 'sharpness_aware.'
@@ -60,6 +60,8 @@ class Direction:
 
 
 Passes: TypeAlias = Generator[Pass, Vector, Direction]
+# Shown the plain gradient and what a step makes of it.
+Observer: TypeAlias = Callable[[Vector, Vector], object]
 
 
 class PlainStep:
@@ -108,6 +110,7 @@ class Step:
         self.staged: dict[str, Vector] = {}
         self.number = number
         self.index = -1
+        self.observer: Observer | None = None
         self._model = model
         self._state = state
         self._placement = Placement(layout, exchange)
@@ -117,6 +120,7 @@ class Step:
         self._gradient: Vector | None = None
         self._last: weakref.ref[Tensor] | None = None
         self._direction: Direction | None = None
+        self._plain: Vector | None = None
         self._open = True
 
     # What a method does with a step. Besides: ``staged`` is what is to be its memory from the next step on, a vector
@@ -206,8 +210,13 @@ class Step:
                     control.first_pass_done()
             self._gradient = self._take_gradient(request.graph)
             self._placement.restore()
+            if self.index == 0 and self.observer is not None:
+                self._plain = self._kept(self._gradient, request.sync)
         for control in self._controls:
             control.settle()
+        if self._plain is not None and self.observer is not None:
+            plain, self._plain = self._plain, None
+            self.observer(plain, self._whole_direction())
 
     @torch.no_grad()
     def write_direction(self) -> None:
@@ -274,7 +283,7 @@ class Step:
     def _close(self) -> None:
         self._open = False
         self._method.close()
-        self._gradient = self._direction = None
+        self._gradient = self._direction = self._plain = None
 
     @torch.no_grad()
     def _advance(self) -> Pass | None:
@@ -315,6 +324,18 @@ class Step:
             values = [own_memory(v, self.layout.parameters[place]) for v, place in zip(values, where, strict=True)]
         self._check_memory(values, where)
         return Vector(values, where, self.layout)
+
+    @torch.no_grad()
+    def _kept(self, gradient: Vector, synchronised: bool) -> Vector:
+        """A copy of the first gradient, which the method may use up, averaged over ranks."""
+        copied = gradient.like([value.detach().clone() for value in gradient.values])
+        return copied if synchronised else self.mean(copied)
+
+    @torch.no_grad()
+    def _whole_direction(self) -> Vector:
+        """What replaces the gradient, with the part that goes past the base optimizer."""
+        direction = self._found()
+        return direction.gradients if direction.decoupled is None else add(direction.gradients, direction.decoupled)
 
     def _check_twice_differentiable(self) -> None:
         """Raise ValueError before a pass whose gradient could not be differentiated again."""

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FlatParameter
 
 from composer_sam.distributed import Layout
 
@@ -36,6 +37,7 @@ __all__ = [
     'rescale',
     'restrict',
     'scale',
+    'share',
     'sign',
     'spatial_mean',
     'subtract',
@@ -262,6 +264,26 @@ def spatial_mean(x: Vector) -> Vector:
         return value.mean(dim=spatial, keepdim=True).expand_as(value) if 3 <= value.dim() <= 5 else value
 
     return x.like([averaged(value) for value in x.values])
+
+
+def share(condition: Callable[[Tensor, Tensor], Tensor], x: Vector, y: Vector) -> Tensor:
+    """The share of elements, over all ranks' shards, for which ``condition`` holds; 0 where there is no element.
+
+    Raises:
+        ValueError: flat parameters, which hold padding beside the weights.
+    """
+    x, y = _aligned(x, y)
+    layout = x.layout
+    if any(isinstance(parameter, FlatParameter) for parameter in layout.parameters):
+        raise ValueError('entries of flat parameters cannot be counted: wrap the model with use_orig_params=True')
+    none = [torch.zeros((), dtype=torch.int64, device=value.device) for value in layout.parameters]
+    counts, sizes = dict(enumerate(none)), dict(enumerate(none))
+    for place, a, b in zip(x.where, x.values, y.values, strict=True):
+        counts[place] = torch.count_nonzero(condition(a, b))
+        sizes[place] = torch.full_like(none[place], a.numel())
+    # An entry for every parameter: ranks without any element take part with zeros of the same type.
+    count, size = (layout.total(list(of.values()), list(of)) for of in (counts, sizes))
+    return count / size.clamp(min=1)
 
 
 def rademacher(layout: Layout, seed: int) -> Vector:

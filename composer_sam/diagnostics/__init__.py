@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from composer_sam.diagnostics.geometry import GradientGeometry, gradient_geometry
 from composer_sam.diagnostics.hessian import (
     Eigenvalues,
     SpectralDensity,
@@ -25,6 +26,7 @@ from composer_sam.diagnostics.sharpness import (
 )
 
 if TYPE_CHECKING:
+    from composer_sam.diagnostics.geometry_monitor import GradientGeometryMonitor
     from composer_sam.diagnostics.monitor import SharpnessMonitor
 
 __all__ = [
@@ -32,6 +34,8 @@ __all__ = [
     'AverageSharpness',
     'Eigenvalues',
     'Flatness',
+    'GradientGeometry',
+    'GradientGeometryMonitor',
     'Measurements',
     'Objective',
     'Sharpness',
@@ -41,6 +45,7 @@ __all__ = [
     'adaptive_sharpness',
     'average_sharpness',
     'first_order_flatness',
+    'gradient_geometry',
     'measure',
     'sam_sharpness',
     'spectral_density',
@@ -51,8 +56,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: all else here works without Composer, which takes seconds to import.
-    if name != 'SharpnessMonitor':
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from composer_sam.diagnostics.monitor import SharpnessMonitor
+    if name == 'SharpnessMonitor':
+        from composer_sam.diagnostics.monitor import SharpnessMonitor
 
-    return SharpnessMonitor
+        return SharpnessMonitor
+    if name == 'GradientGeometryMonitor':
+        from composer_sam.diagnostics.geometry_monitor import GradientGeometryMonitor
+
+        return GradientGeometryMonitor
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
