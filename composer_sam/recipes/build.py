@@ -23,6 +23,7 @@ from composer.utils import dist, format_name_with_dist, get_device, parse_uri, r
 from composer.utils.parallelism import FSDP2Config, FSDPConfig, ParallelismConfig
 from omegaconf import OmegaConf
 
+import composer_sam.diagnostics
 from composer_sam.algorithm import SharpnessAware
 from composer_sam.methods import registry
 from composer_sam.recipes.components import check_arguments, check_time, classes, construct, find
@@ -151,7 +152,7 @@ def _components(recipe: Recipe) -> dict[str, Any]:
     available = {
         # Where Composer has a method of the same name, ours takes its place.
         'algorithms': classes(composer.algorithms, of=Algorithm) | registry,
-        'callbacks': classes(composer.callbacks, of=Callback),
+        'callbacks': classes(composer.callbacks, of=Callback) | classes(composer_sam.diagnostics, of=Callback),
         'loggers': classes(composer.loggers, of=LoggerDestination, suffix='Logger'),
     }
     built: dict[str, Any] = {}

@@ -180,7 +180,7 @@ class Recipe(_Section):
         scheduler: Name and arguments of a scheduler of ``composer.optim``.
         algorithms: Arguments by name of methods of this package and of ``composer.algorithms``. The ``schedules`` of
             a method are given by name: ``{rho: {cosine_annealing: {t_max: 1dur}}}``.
-        callbacks: Arguments by name of ``composer.callbacks``.
+        callbacks: Arguments by name of ``composer.callbacks`` and of this package's monitors.
         loggers: Arguments by name of ``composer.loggers``.
         save_folder: Local directory for checkpoints and the resolved recipe.
         save_interval: How often to save a checkpoint.

@@ -13,7 +13,7 @@ import torch
 import yaml
 from composer import Callback, Trainer
 from composer.core import State
-from composer.loggers import Logger
+from composer.loggers import Logger, LoggerDestination
 from PIL import Image
 
 from composer_sam.algorithm import SharpnessAware
@@ -354,3 +354,30 @@ def test_both_readings_of_the_study(recipe: str, method: str, granularity: str) 
     settings = (found.data.name, found.data.batch_size, found.optimizer['lr'], found.optimizer['momentum'])
     assert settings == ('cifar100', 256, 0.1, 0.9)
     assert (found.max_duration, found.scheduler['name']) == ('200ep', 'cosine_annealing')
+
+
+class _Logged(LoggerDestination):
+    def __init__(self) -> None:
+        self.steps: dict[str, list[int | None]] = {}
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        for name in metrics:
+            self.steps.setdefault(name, []).append(step)
+
+
+def test_the_monitors_of_this_package_are_callbacks_of_recipes() -> None:
+    recipe = load_recipe(
+        YAMLS / 'digits/sam.yaml',
+        overrides=[
+            'callbacks.sharpness_monitor={interval: 10ba, samples: 64, measures: [loss, sam_sharpness]}',
+            'callbacks.gradient_geometry_monitor.interval=2',
+            'max_duration=20ba',
+            'trainer.progress_bar=false',
+        ],
+    )
+    logger = _Logged()
+    trainer = build_trainer(recipe)
+    trainer.logger.destinations = [*trainer.logger.destinations, logger]
+    trainer.fit()
+    assert logger.steps['sharpness/sam_sharpness'] == logger.steps['sharpness/loss'] == [10, 20]
+    assert logger.steps['geometry/cosine'] == list(range(2, 21, 2))
