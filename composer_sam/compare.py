@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 import json
-import multiprocessing.connection
-import os
-import signal
 import statistics
-import threading
-import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from multiprocessing import forkserver
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
-import torch
-from composer.core import Callback, State
-from composer.loggers import Logger
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from composer_sam.recipes import History, Recipe, RecipeError, build_trainer, load_recipe
+from composer_sam.runs import Report, RunError, make_folder, share_cores, train_all, with_seed, write
 
 __all__ = ['Run', 'RunError', 'compare', 'draw', 'tabulate']
-
-_REPORTS_PER_RUN = 200
-_GRACE_SECONDS = 10  # for a run that is told to end to close its files
-
-
-class RunError(RuntimeError):
-    """One of the compared runs failed."""
 
 
 @dataclass(frozen=True)
@@ -86,25 +67,22 @@ def compare(
         RunError: If a run failed.
     """
     recipes = _load(paths, overrides)
-    runs = [_with_seed(recipe, recipe.seed + offset) for offset in range(seeds) for recipe in recipes]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK | os.X_OK):
-            raise PermissionError(None, 'no permission')
-    except OSError as error:
-        raise RecipeError(f'--out: {str(out)!r} cannot be written: {error.strerror}') from None
+    runs = [with_seed(recipe, recipe.seed + offset) for offset in range(seeds) for recipe in recipes]
+    make_folder(out)
+    jobs, threads = share_cores(runs, jobs)
+    finished: dict[tuple[str, int], Run] = {}
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    if jobs is None:
-        on_gpu = torch.cuda.is_available() and any(recipe.device != 'cpu' for recipe in recipes)
-        jobs = 1 if on_gpu else cores
-    jobs = min(jobs, len(runs))
-    threads = max(1, cores // jobs)
-    results = _train_all(runs, jobs, threads)
+    def receive(recipe: Recipe, result: Run | Exception) -> None:
+        if isinstance(result, Exception):
+            raise result
+        finished[recipe.name, recipe.seed] = result
+
+    train_all(runs, _train, receive, jobs, threads)
+    results = [finished[recipe.name, recipe.seed] for recipe in runs]
 
     how = f'{jobs} runs side by side, {threads} {"thread" if threads == 1 else "threads"} each'
     report = {'how': how, 'runs': [asdict(run) for run in results]}
-    _write(out / 'results.json', json.dumps(report, indent=1).encode())
+    write(out / 'results.json', json.dumps(report, indent=1).encode())
     picture = out / 'comparison.png'
     draw(results).savefig(picture, dpi=150)
     console = Console(highlight=False, markup=False)
@@ -169,134 +147,26 @@ def _load(paths: Sequence[str], overrides: Sequence[str]) -> list[Recipe]:
     return recipes
 
 
-def _with_seed(recipe: Recipe, seed: int) -> Recipe:
-    """The recipe as one of several runs: a seed and a checkpoint directory of its own and no progress bar."""
-    run_name = f'{recipe.name}-seed{seed}'  # names differ, while a run_name can come from a common base
-    save_folder = recipe.save_folder
-    if save_folder is not None and '{run_name}' not in save_folder:
-        save_folder = str(Path(save_folder) / run_name)
-    return recipe.model_copy(
-        update={
-            'seed': seed,
-            'run_name': run_name,
-            'save_folder': save_folder,
-            'trainer': recipe.trainer | {'progress_bar': False},
-        },
-    )
-
-
-def _train_all(recipes: Sequence[Recipe], jobs: int, threads: int) -> list[Run]:
-    """Trains every recipe in a process of its own, ``jobs`` of them at a time; a failure ends them all."""
-    # A server process imports Composer once, and the runs' processes start from there.
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload([__name__])
-    _start_server()
-    waiting = list(reversed(recipes))
-    running: dict[Connection, tuple[Recipe, BaseProcess]] = {}
-    finished: dict[tuple[str, int], Run] = {}
-    bar = Progress(
-        TextColumn(f'training {len(recipes)} runs'),
-        BarColumn(None),
-        TextColumn('{task.percentage:3.0f} %'),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-    task = bar.add_task('', total=len(recipes))
-    with bar:
-        try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    recipe = waiting.pop()
-                    receiver, sender = context.Pipe(duplex=False)
-                    process = context.Process(target=_train_in_process, args=(recipe, threads, sender))
-                    process.start()
-                    sender.close()
-                    running[receiver] = recipe, process
-                for receiver in multiprocessing.connection.wait(list(running)):
-                    recipe, process = running[receiver]  # pyright: ignore[reportArgumentType]
-                    message = _receive(receiver, recipe)
-                    if isinstance(message, Run):
-                        finished[recipe.name, recipe.seed] = message
-                        process.join()
-                        del running[receiver]  # pyright: ignore[reportArgumentType]
-                    elif isinstance(message, Exception):
-                        raise message
-                    else:
-                        bar.advance(task, message)
-        finally:
-            for _, process in running.values():
-                process.terminate()
-            for _, process in running.values():
-                process.join(_GRACE_SECONDS)
-                process.kill()
-        bar.update(task, completed=len(recipes))
-    return [finished[recipe.name, recipe.seed] for recipe in recipes]
-
-
-def _start_server() -> None:
-    """Starts the server process deaf to an interrupt: the first process hears it and ends the others."""
-    if threading.current_thread() is not threading.main_thread():
-        return  # where Python does not let signals be set, nor be heard
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _receive(receiver: Any, recipe: Recipe) -> float | Run | Exception:
-    try:
-        return receiver.recv()
-    except EOFError:
-        return RunError(f'{recipe.run_name} ended without a result; its process was killed or crashed')
-
-
-def _train_in_process(recipe: Recipe, threads: int, sender: Connection) -> None:
-    """Trains one recipe and sends, in this order, any number of trained parts and the run or what prevented it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in _start_server; importing Composer has set its own handler
-    torch.set_num_threads(threads)
+def _train(recipe: Recipe, report: Report) -> Run:
+    """Trains one recipe."""
     history = History()
+    trainer = build_trainer(recipe, [history, report])
     try:
-        trainer = build_trainer(recipe, [history, _Report(sender)])
-        try:
-            trainer.fit()
-            if not history.test['epoch']:
-                trainer.eval()
-        finally:
-            trainer.close()
-    except RecipeError as error:
-        sender.send(error)
-    except Exception as error:
-        traceback.print_exc()
-        sender.send(RunError(f'{recipe.run_name} failed: {type(error).__name__}: {error}'))
-    else:
-        sender.send(
-            Run(
-                recipe=recipe.name,
-                seed=recipe.seed,
-                steps=history.steps,
-                seconds_per_step=history.seconds_per_step,
-                accuracy=history.test['accuracy'][-1],
-                loss=history.test['loss'][-1],
-                train=history.train,
-                test=history.test,
-            ),
-        )
-
-
-class _Report(Callback):
-    """Sends the parts of the run that have been trained, a few hundred times a run."""
-
-    def __init__(self, sender: Connection) -> None:
-        self.sender = sender
-        self.reported = 0.0
-
-    def batch_end(self, state: State, logger: Logger) -> None:
-        del logger
-        elapsed = state.get_elapsed_duration()
-        if elapsed is not None and elapsed.value - self.reported >= 1 / _REPORTS_PER_RUN:
-            self.sender.send(elapsed.value - self.reported)
-            self.reported = elapsed.value
+        trainer.fit()
+        if not history.test['epoch']:
+            trainer.eval()
+    finally:
+        trainer.close()
+    return Run(
+        recipe=recipe.name,
+        seed=recipe.seed,
+        steps=history.steps,
+        seconds_per_step=history.seconds_per_step,
+        accuracy=history.test['accuracy'][-1],
+        loss=history.test['loss'][-1],
+        train=history.train,
+        test=history.test,
+    )
 
 
 def _by_recipe(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -309,9 +179,3 @@ def _by_recipe(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def _spread(values: Sequence[float], digits: int, unit: str = '') -> str:
     mean = f'{statistics.fmean(values):.{digits}f}'
     return f'{mean} ± {statistics.stdev(values):.{digits}f}{unit}' if len(values) > 1 else f'{mean}{unit}'
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f'.{path.name}.partial')
-    partial.write_bytes(content)
-    partial.replace(path)
