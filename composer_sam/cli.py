@@ -77,12 +77,31 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument('--out', type=Path, default=Path('comparison'), metavar='DIR', help='default: comparison')
     compare.set_defaults(command=_compare)
 
+    _add_study(commands)
     _add_landscape(commands)
     _add_sharpness(commands)
 
     methods = commands.add_parser('methods', help='list the methods', description=_methods.__doc__)
     methods.set_defaults(command=_methods)
     return parser
+
+
+def _add_study(commands: Any) -> None:
+    parser = commands.add_parser(
+        'study',
+        help='train grids of recipes, values and seeds, and tabulate them',
+        description=_study.__doc__,
+        allow_abbrev=False,
+    )
+    parser.add_argument('changes', nargs='+', metavar='RECIPE|key=value', help='YAML files; overrides go to all')
+    parser.add_argument('--grid', action='append', default=[], metavar='KEY=V,V', help='for recipes that have the key')
+    parser.add_argument('--seeds', type=_positive, default=1, metavar='N', help='runs at every point (default: 1)')
+    parser.add_argument('--jobs', type=_positive, metavar='N', help='runs side by side (default: cores; 1 on a GPU)')
+    parser.add_argument('--out', type=Path, default=Path('study'), metavar='DIR', help='default: study')
+    parser.add_argument('--samples', type=_positive, default=512, metavar='N', help='for sharpness (default: 512)')
+    parser.add_argument('--no-sharpness', action='store_true', help='do not measure the trained networks')
+    parser.add_argument('--keep-checkpoints', action='store_true', help='also when a run is done')
+    parser.set_defaults(command=_study)
 
 
 def _add_landscape(commands: Any) -> None:
@@ -163,6 +182,8 @@ def _train(options: argparse.Namespace) -> int:
     history = History()
     try:
         recipe = load_recipe(options.recipe, overlays, overrides)
+        if recipe.grid:
+            _complain(f'{recipe.name} is trained at one point; its grid is what composer-sam study trains')
         _share_cores()
         trainer = build_trainer(recipe, [history])
         if not is_finished(trainer.state):  # as it is where a run that had come to its end is resumed
@@ -204,6 +225,33 @@ def _compare(options: argparse.Namespace) -> int:
     overrides = [argument for argument in options.changes if is_override(argument)]
     try:
         compare(recipes, overrides, options.seeds, options.out, options.jobs)
+    except RecipeError as error:
+        _complain(str(error))
+        return MISTAKE
+    except RunError as error:
+        _complain(str(error))
+        return FAILED
+    return OK
+
+
+def _study(options: argparse.Namespace) -> int:
+    """Trains recipes at every point of their grids with several seeds, measures them and writes the tables.
+
+    What the output directory holds is not trained again; a run that was cut off goes on from its checkpoint.
+    """
+    if (code := _refuse_launcher('study')) != OK:
+        return code
+    from composer_sam.recipes import RecipeError, is_override
+    from composer_sam.study import RunError, Sharpness, study
+
+    recipes = [argument for argument in options.changes if not is_override(argument)]
+    overrides = [argument for argument in options.changes if is_override(argument)]
+    sharpness = None if options.no_sharpness else Sharpness(options.samples)
+    try:
+        study(
+            *(recipes, overrides, options.grid, options.seeds, options.out),
+            *(options.jobs, sharpness, options.keep_checkpoints),
+        )
     except RecipeError as error:
         _complain(str(error))
         return MISTAKE

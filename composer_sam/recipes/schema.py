@@ -189,6 +189,8 @@ class Recipe(_Section):
         device_train_microbatch_size: Images per forward-backward on one device, or ``auto``.
         parallelism: Arguments of Composer's FSDP configuration under ``fsdp`` or ``fsdp2``.
         trainer: Any further argument of Composer's ``Trainer``.
+        grid: Values by key, such as ``{algorithms.sam.rho: [0.1, 0.2]}``. A study trains every combination of them;
+            everything else trains what the other keys say.
     """
 
     name: str
@@ -212,6 +214,7 @@ class Recipe(_Section):
     device_train_microbatch_size: PositiveInt | Literal['auto'] | None = None
     parallelism: dict[Literal['fsdp', 'fsdp2'], Arguments] = Field(default={})
     trainer: Arguments = Field(default={})
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default={})
 
 
 DATA: dict[str, type[DataSection]] = {
