@@ -75,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument('--seeds', type=_positive, default=1, metavar='N', help='runs per recipe (default: 1)')
     compare.add_argument('--jobs', type=_positive, metavar='N', help='runs side by side (default: cores; 1 on a GPU)')
     compare.add_argument('--out', type=Path, default=Path('comparison'), metavar='DIR', help='default: comparison')
+    compare.add_argument('--sharpness', action='store_true', help='measure every trained network')
+    compare.add_argument('--landscape', action='store_true', help="draw the loss around every recipe's first network")
     compare.set_defaults(command=_compare)
 
     _add_study(commands)
@@ -224,7 +226,7 @@ def _compare(options: argparse.Namespace) -> int:
     recipes = [argument for argument in options.changes if not is_override(argument)]
     overrides = [argument for argument in options.changes if is_override(argument)]
     try:
-        compare(recipes, overrides, options.seeds, options.out, options.jobs)
+        compare(recipes, overrides, options.seeds, options.out, options.jobs, options.sharpness, options.landscape)
     except RecipeError as error:
         _complain(str(error))
         return MISTAKE

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from composer_sam.diagnostics.checkpoints import Request, landscapes, measure_trained
+from composer_sam.diagnostics.report import progress_bar, write_pictures
 from composer_sam.recipes import History, Recipe, RecipeError, build_trainer, load_recipe
 from composer_sam.runs import Report, RunError, make_folder, share_cores, train_all, with_seed, write
 
-__all__ = ['Run', 'RunError', 'compare', 'draw', 'tabulate']
+__all__ = ['Run', 'RunError', 'compare', 'draw', 'tabulate', 'tabulate_sharpness']
+
+SAMPLES = 512
+RHO = 0.05
+# The columns of measured runs: which measure, with how many digits.
+SHARPNESS = {
+    'largest eigenvalue': ('top_eigenvalue', 2),
+    'trace': ('trace', 1),
+    'SAM sharpness': ('sam_sharpness', 4),
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,7 @@ class Run:
         loss: On the test data, at the end.
         train: Training loss by epoch.
         test: Test accuracy and loss by epoch.
+        sharpness: What :func:`~composer_sam.diagnostics.checkpoints.measure_trained` found at the end, if it was asked.
     """
 
     recipe: str
@@ -41,6 +55,7 @@ class Run:
     loss: float
     train: dict[str, list[float]]
     test: dict[str, list[float]]
+    sharpness: dict[str, float] | None = None
 
 
 def compare(
@@ -49,6 +64,8 @@ def compare(
     seeds: int = 1,
     out: Path = Path('comparison'),
     jobs: int | None = None,
+    sharpness: bool = False,
+    landscape: bool = False,
 ) -> list[Run]:
     """Trains every recipe with ``seeds`` seeds, prints a table and writes ``comparison.png`` and ``results.json``.
 
@@ -61,12 +78,16 @@ def compare(
         seeds: Runs per recipe.
         out: Directory for the picture and the results.
         jobs: Runs side by side; by default one per core, and one where a GPU is used.
+        sharpness: Measure every trained network on training samples.
+        landscape: Draw the loss around the network of every recipe's first seed, all on the same scale.
 
     Raises:
         RecipeError: If a recipe or ``out`` is not valid; nothing has been trained then.
         RunError: If a run failed.
     """
     recipes = _load(paths, overrides)
+    if landscape:
+        _check_alike(recipes)
     runs = [with_seed(recipe, recipe.seed + offset) for offset in range(seeds) for recipe in recipes]
     make_folder(out)
     jobs, threads = share_cores(runs, jobs)
@@ -77,7 +98,9 @@ def compare(
             raise result
         finished[recipe.name, recipe.seed] = result
 
-    train_all(runs, _train, receive, jobs, threads)
+    kept = _kept(runs[: len(recipes)], out) if landscape else {}
+    work = functools.partial(_train, sharpness=sharpness, kept=kept)
+    train_all(runs, work, receive, jobs, threads)
     results = [finished[recipe.name, recipe.seed] for recipe in runs]
 
     how = f'{jobs} runs side by side, {threads} {"thread" if threads == 1 else "threads"} each'
@@ -85,9 +108,18 @@ def compare(
     write(out / 'results.json', json.dumps(report, indent=1).encode())
     picture = out / 'comparison.png'
     draw(results).savefig(picture, dpi=150)
+    pictures = _landscape(recipes, list(kept.values()), out, jobs) if landscape else []
     console = Console(highlight=False, markup=False)
     console.print(tabulate(results))
+    if sharpness:
+        console.print(tabulate_sharpness(results))
+        console.print(
+            f'of the Hessian on {SAMPLES} training samples; SAM sharpness: the growth of their loss within {RHO:g}',
+            soft_wrap=True,
+        )
     console.print(f'{how}; curves in {picture}, numbers in {out / "results.json"}', soft_wrap=True)
+    if pictures:
+        console.print(f'landscapes in {", ".join(map(str, pictures))}', soft_wrap=True)
     return results
 
 
@@ -109,6 +141,21 @@ def tabulate(runs: Sequence[Run]) -> Table:
             _spread([1000 * second for second in seconds], 2),
             f'{statistics.fmean(seconds) / baseline:.2f}x',
         )
+    return table
+
+
+def tabulate_sharpness(runs: Sequence[Run]) -> Table:
+    """One row per recipe: mean and standard deviation over the seeds of what was measured."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column('recipe')
+    for heading in SHARPNESS:
+        table.add_column(heading, justify='right')
+    for name, group in _by_recipe(runs).items():
+        cells = [
+            _spread([run.sharpness[measure] for run in group if run.sharpness], digits)
+            for measure, digits in SHARPNESS.values()
+        ]
+        table.add_row(name, *cells)
     return table
 
 
@@ -147,14 +194,44 @@ def _load(paths: Sequence[str], overrides: Sequence[str]) -> list[Recipe]:
     return recipes
 
 
-def _train(recipe: Recipe, report: Report) -> Run:
-    """Trains one recipe."""
+def _check_alike(recipes: Sequence[Recipe]) -> None:
+    for recipe in recipes[1:]:
+        for section in ('model', 'data'):
+            if getattr(recipe, section) != getattr(recipes[0], section):
+                raise RecipeError(
+                    f'--landscape: {recipe.name!r} and {recipes[0].name!r} differ in {section}, and their landscapes '
+                    'have no scale in common; compare recipes of one model and data set'
+                )
+
+
+def _kept(runs: Sequence[Recipe], out: Path) -> dict[str, Path]:
+    """The files of the networks whose landscape is drawn, by run."""
+    folder = out / 'landscape'
+    folder.mkdir(exist_ok=True)
+    for file in (*folder.glob('*.npz'), *folder.glob('*.pt')):
+        file.unlink()  # an earlier comparison's: its landscapes are of other networks
+    return {str(run.run_name): folder / f'{run.run_name}.pt' for run in runs}
+
+
+def _landscape(recipes: Sequence[Recipe], networks: Sequence[Path], out: Path, jobs: int) -> list[Path]:
+    names = tuple(recipe.name for recipe in recipes)
+    request = Request(paths=tuple(networks), labels=names, samples=SAMPLES)
+    with progress_bar('rows') as progress:
+        found = landscapes(request, recipes[0], out / 'landscape', jobs, progress)
+    return write_pictures(found, request, out)
+
+
+def _train(recipe: Recipe, report: Report, sharpness: bool, kept: Mapping[str, Path]) -> Run:
+    """Trains one recipe, measures the network and keeps its weights, if that is asked for."""
     history = History()
     trainer = build_trainer(recipe, [history, report])
     try:
         trainer.fit()
         if not history.test['epoch']:
             trainer.eval()
+        if recipe.run_name in kept:
+            torch.save(trainer.state.model.state_dict(), kept[recipe.run_name])
+        found = measure_trained(recipe, trainer.state.model, samples=SAMPLES, rho=RHO) if sharpness else None
     finally:
         trainer.close()
     return Run(
@@ -166,6 +243,7 @@ def _train(recipe: Recipe, report: Report) -> Run:
         loss=history.test['loss'][-1],
         train=history.train,
         test=history.test,
+        sharpness=found,
     )
 
 

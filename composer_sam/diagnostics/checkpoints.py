@@ -44,6 +44,7 @@ __all__ = [
     'landscapes',
     'listed',
     'load_weights',
+    'measure_trained',
     'measurements',
 ]
 
@@ -274,6 +275,23 @@ def measurements(
         found.append({'label': label, 'checkpoint': str(path), 'split': split} | known | measured.as_dict())
     progress('measured', len(paths), len(paths))
     return found
+
+
+def measure_trained(
+    recipe: Recipe,
+    model: nn.Module,
+    *,
+    split: Split = 'train',
+    samples: int = 512,
+    measures: Sequence[str] = ('loss', 'top_eigenvalue', 'trace', 'sam_sharpness'),
+    **options: Any,
+) -> dict[str, float]:
+    """What :func:`composer_sam.diagnostics.measure.measure` says about a network its recipe has just trained."""
+    problem = build_problem(recipe, split, samples)
+    problem.model.load_state_dict(model.state_dict())
+    return measure(
+        problem.model, None, problem.batches, measures=measures, microbatch=problem.microbatch, **options
+    ).as_dict()
 
 
 def _subspaces(request: Request, problem: Problem) -> list[tuple[str, list[Path], Subspace]]:

@@ -14,10 +14,14 @@ from pathlib import Path
 import pytest
 
 from composer_sam.cli import main
+from composer_sam.diagnostics.checkpoints import measurements
+from composer_sam.diagnostics.storage import Landscape
 from composer_sam.methods import registry
+from composer_sam.recipes import load_recipe
 
 REPOSITORY = Path(__file__).parents[2]
 SGD, SAM = (str(REPOSITORY / 'yamls' / 'digits' / f'{name}.yaml') for name in ('sgd', 'sam'))
+CIFAR = REPOSITORY / 'yamls' / 'cifar10' / 'resnet18_sgd.yaml'
 QUICK = ['max_duration=1ep', 'trainer.progress_bar=false']
 
 # Also what it holds already: packages may be found there only.
@@ -150,6 +154,37 @@ def test_compare_tabulates_draws_and_keeps_the_numbers(tmp_path: Path) -> None:
         assert (tmp_path / 'runs' / f'{result["recipe"]}-seed{result["seed"]}' / 'config.yaml').is_file()
     assert len({result['loss'] for result in report['runs']}) == 4
     assert (tmp_path / 'out' / 'comparison.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_compare_measures_and_draws_the_trained_networks(tmp_path: Path) -> None:
+    """The numbers are those of the checkpoints, and the landscapes those of the first seed."""
+    out = tmp_path / 'out'
+    arguments = ['compare', SGD, SAM, '--out', str(out), '--sharpness', '--landscape', *QUICK]
+    (out / 'landscape').mkdir(parents=True)
+    (out / 'landscape' / 'SGD.npz').write_text('of an earlier comparison')
+    process = run(*arguments, f'save_folder={tmp_path}/runs')
+    output, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    assert 'largest eigenvalue' in output
+    sharpness = [result['sharpness'] for result in json.loads((out / 'results.json').read_text())['runs']]
+    assert all(
+        {'top_eigenvalue', 'trace', 'trace_stderr', 'sam_sharpness', 'loss'} <= found.keys() for found in sharpness
+    )
+    assert sharpness[0]['samples'] == 512
+    recipe = load_recipe(SGD)
+    paths = [tmp_path / 'runs' / f'{name}-seed17' / 'latest-rank0.pt' for name in ('SGD', 'SAM')]
+    for found, expected in zip(sharpness, measurements(recipe, paths, ['SGD', 'SAM']), strict=True):
+        assert found['top_eigenvalue'] == pytest.approx(expected['top_eigenvalue'], rel=1e-3)
+        assert found['loss'] == pytest.approx(expected['loss'], rel=1e-5)
+    assert sorted(path.name for path in out.glob('*.png')) == ['comparison.png', 'landscape.png', 'surface.png']
+    for label, found in zip(('SGD', 'SAM'), sharpness, strict=True):
+        landscape = Landscape.load(out / 'landscape' / f'{label}.npz')
+        assert landscape.marks[0].loss == pytest.approx(found['loss'], rel=1e-5)
+
+
+def test_landscapes_of_different_networks_are_refused_before_training(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(['compare', SGD, str(CIFAR), '--landscape']) == 2
+    assert 'differ in model' in capsys.readouterr().err
 
 
 def test_compare_says_which_run_failed(tmp_path: Path) -> None:
