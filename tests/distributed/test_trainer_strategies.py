@@ -191,7 +191,7 @@ class _NotFiniteOnOneRank(nn.Module):
 
     def __init__(self, at: int):
         super().__init__()
-        self.at = at
+        self.remaining = [at]  # a number would be put back between passes
 
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad:
@@ -199,8 +199,8 @@ class _NotFiniteOnOneRank(nn.Module):
         return x
 
     def _broken(self, gradient: Tensor) -> Tensor:
-        self.at -= 1
-        return gradient * math.nan if self.at == 0 and dist.get_rank() == 1 else gradient
+        self.remaining[0] -= 1
+        return gradient * math.nan if self.remaining == [0] and dist.get_rank() == 1 else gradient
 
 
 @two_ranks
