@@ -30,7 +30,8 @@ def last_part(key: str) -> str:
 
 
 def value_text(value: Any) -> str:
-    return f'{value:g}' if isinstance(value, float) else str(value)
+    """A value in headings and names: 1, 0.05, 1e-05."""
+    return f'{value:g}' if isinstance(value, float) and float(f'{value:g}') == value else str(value)
 
 
 class Layout:
