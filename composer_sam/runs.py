@@ -112,6 +112,9 @@ def train_all(
         jobs: How many at a time.
         threads: Of each process.
     """
+    console = Console(stderr=True, highlight=False, markup=False)
+    for name in dict.fromkeys(recipe.name for recipe in recipes if recipe.grid):
+        console.print(f'{name} is trained at one point; its grid is what composer-sam study trains', soft_wrap=True)
     # A server process imports Composer once, and the runs' processes start from there.
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload([__name__])
@@ -123,7 +126,7 @@ def train_all(
         BarColumn(None),
         TextColumn('{task.percentage:3.0f} %'),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console,
     )
     task = bar.add_task('', total=len(recipes))
     with bar:

@@ -11,6 +11,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
@@ -210,7 +211,7 @@ def _draw_measure(axes: Axes, layout: Layout, measure: _Measure) -> None:
             drawn.append(mean)
         if points:
             x, y, error = zip(*points, strict=True)
-            axes.errorbar(x, y, error, marker='o', markersize=4, linewidth=1.3, capsize=2, **style)
+            axes.errorbar(x, y, error, marker='o', markersize=4, linewidth=1.3, alpha=0.9, capsize=2, **style)
             drawn += y
     if layout.numbers and places[0] > 0 and places[-1] >= 4 * places[0]:
         axes.set_xscale('log')
@@ -242,8 +243,9 @@ def _draw_geometry(axes: Axes, layout: Layout, accuracy: _Measure) -> None:
         axes.plot(epochs, [100 * statistics.fmean(column) for column in columns], color=f'C{index % 10}', linewidth=1.2)
         lowest, highest = ([100 * pick(column) for column in columns] for pick in (min, max))
         axes.fill_between(epochs, lowest, highest, alpha=0.15, color=f'C{index % 10}', linewidth=0)
-    where = f', at the most accurate {layout.column}' if layout.column else ''
+    where = f'\nat the most accurate {layout.column} of each' if layout.column else ''
     axes.set(xlabel='epoch', title=f"Entries larger than the gradient's (%){where}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
 
 
