@@ -140,7 +140,8 @@ def print_tables(runs: Sequence[Run]) -> None:
     """Prints the tables; in a file they are not cut at the width of a terminal there is none of."""
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _WIDTH)
     for title, headings, rows in tables(runs):
-        table = Table(title=title, title_justify='left', box=None, pad_edge=False)
+        console.print(title)
+        table = Table(box=None, pad_edge=False)
         for heading in headings:
             table.add_column(heading, justify='right' if heading else 'left', no_wrap=True)
         for row in rows:
