@@ -86,8 +86,9 @@ def study(
             else:
                 done[by_name[str(recipe.run_name)].name] = result
 
+        # By all runs, not those that are left: the number of threads decides the last bits of a result.
+        jobs, threads = share_cores([run.recipe for run in runs], jobs)
         recipes = [run.recipe for run in missing]
-        jobs, threads = share_cores(recipes, jobs)
         train_all(recipes, partial(train_and_measure, runs=by_name, sharpness=sharpness), receive, jobs, threads)
     results = [done[run.name] for run in runs if run.name in done]
     if results:
