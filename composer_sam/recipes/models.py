@@ -42,7 +42,7 @@ def build_model(section: ModelSection, image_shape: tuple[int, int, int], num_cl
     elif isinstance(section, CNN):
         module = cnn(channels, section.width, num_classes)
     elif isinstance(section, WideResNet):
-        module = WideResNet28(channels, num_classes, widen=10, dropout=section.dropout)
+        module = WideResNet28(channels, num_classes, section.widen, section.dropout)
     elif section.name in _CIFAR_RESNETS:
         module = cifar_resnet(_CIFAR_RESNETS[section.name], channels, num_classes)
     elif channels != 3:

@@ -149,13 +149,15 @@ class CNN(ModelSection):
 
 
 class WideResNet(ModelSection):
-    """WRN-28-10.
+    """WRN-28-k, the wide residual network of depth 28.
 
     Attributes:
+        widen: k, how many times wider than the narrow residual network.
         dropout: Probability between the two convolutions of a block.
     """
 
-    name: Literal['wide_resnet28_10']
+    name: Literal['wide_resnet28']
+    widen: PositiveInt = 10
     dropout: Fraction = 0.0
 
 
@@ -223,7 +225,7 @@ DATA: dict[str, type[DataSection]] = {
     'cifar100': Cifar,
     'image_folder': ImageFolder,
 }
-MODELS: dict[str, type[ModelSection]] = {'mlp': MLP, 'cnn': CNN, 'wide_resnet28_10': WideResNet}
+MODELS: dict[str, type[ModelSection]] = {'mlp': MLP, 'cnn': CNN, 'wide_resnet28': WideResNet}
 
 
 def parse_recipe(mapping: dict[str, Any], plain_models: list[str]) -> Recipe:

@@ -188,7 +188,8 @@ def test_missing_cifar_is_an_error_with_a_remedy(tmp_path: Path) -> None:
         (CNN(name='cnn'), (1, 8, 8), 10, 9 * 32 + 2 * 32 + 9 * 32 * 64 + 2 * 64 + 64 * 10 + 10),
         # As published: 11.17 million for the CIFAR ResNet-18, 36.5 million for WRN-28-10.
         (ModelSection(name='cifar_resnet18'), (3, 32, 32), 10, 11_173_962),
-        (WideResNet(name='wide_resnet28_10', dropout=0.3), (3, 32, 32), 10, 36_479_194),
+        (WideResNet(name='wide_resnet28', dropout=0.3), (3, 32, 32), 10, 36_479_194),
+        (WideResNet(name='wide_resnet28', widen=1), (3, 16, 16), 10, 369_498),
         (ModelSection(name='resnet18'), (3, 64, 64), 1000, 11_689_512),
     ],
     ids=lambda value: getattr(value, 'name', None),
@@ -212,7 +213,7 @@ def test_the_cifar_stem_keeps_the_resolution() -> None:
 
 
 def test_wide_resnet_drops_out_between_the_convolutions() -> None:
-    module = build_model(WideResNet(name='wide_resnet28_10', dropout=0.3), (3, 32, 32), 10).module
+    module = build_model(WideResNet(name='wide_resnet28', dropout=0.3), (3, 32, 32), 10).module
     rates = [layer.p for layer in module.modules() if isinstance(layer, nn.Dropout)]
     assert rates == [0.3] * 12
 
