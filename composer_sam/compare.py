@@ -229,8 +229,8 @@ def _train(recipe: Recipe, report: Report, sharpness: bool, kept: Mapping[str, P
         trainer.fit()
         if not history.test['epoch']:
             trainer.eval()
-        if recipe.run_name in kept:
-            torch.save(trainer.state.model.state_dict(), kept[recipe.run_name])
+        if (file := kept.get(str(recipe.run_name))) is not None:
+            torch.save(trainer.state.model.state_dict(), file)
         found = measure_trained(recipe, trainer.state.model, samples=SAMPLES, rho=RHO) if sharpness else None
     finally:
         trainer.close()
