@@ -102,10 +102,9 @@ def _add_study(commands: Any) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     """Trains one recipe and prints how well it does on the test data."""
-    from composer_sam.recipes import History, RecipeError, build_trainer, is_finished, is_override, load_recipe
+    from composer_sam.recipes import History, RecipeError, build_trainer, is_finished, load_recipe
 
-    overlays = [change for change in options.changes if not is_override(change)]
-    overrides = [change for change in options.changes if is_override(change)]
+    overlays, overrides = _separated(options.changes)
     trainer = None
     history = History()
     try:
@@ -147,10 +146,9 @@ def _compare(options: argparse.Namespace) -> int:
     if (code := refuse_launcher('compare')) != OK:
         return code
     from composer_sam.compare import RunError, compare
-    from composer_sam.recipes import RecipeError, is_override
+    from composer_sam.recipes import RecipeError
 
-    recipes = [argument for argument in options.changes if not is_override(argument)]
-    overrides = [argument for argument in options.changes if is_override(argument)]
+    recipes, overrides = _separated(options.changes)
     try:
         compare(recipes, overrides, options.seeds, options.out, options.jobs, options.sharpness, options.landscape)
     except RecipeError as error:
@@ -169,11 +167,10 @@ def _study(options: argparse.Namespace) -> int:
     """
     if (code := refuse_launcher('study')) != OK:
         return code
-    from composer_sam.recipes import RecipeError, is_override
+    from composer_sam.recipes import RecipeError
     from composer_sam.study import RunError, Sharpness, study
 
-    recipes = [argument for argument in options.changes if not is_override(argument)]
-    overrides = [argument for argument in options.changes if is_override(argument)]
+    recipes, overrides = _separated(options.changes)
     sharpness = None if options.no_sharpness else Sharpness(options.samples)
     try:
         study(
@@ -202,6 +199,13 @@ def _methods(options: argparse.Namespace) -> int:
         print(line.format(row['name'], row['passes'], memory, row['collectives'], row['paper']))
         print('  ' + ', '.join(f'{name}={default!r}' for name, default in row['hyperparameters'].items()))
     return OK
+
+
+def _separated(changes: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Files, and what overrides keys in them."""
+    from composer_sam.recipes import is_override
+
+    return [c for c in changes if not is_override(c)], [c for c in changes if is_override(c)]
 
 
 def _share_cores() -> None:

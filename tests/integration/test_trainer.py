@@ -19,22 +19,13 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from composer_sam import SAM, SharpnessAwareOptimizer, registry
+from tests.problems import same
 
 every_method = pytest.mark.parametrize('name', METHODS)
 # Of one pass only there is no second that could see something else than the first.
 SEVERAL_PASSES = [name for name in METHODS if registry[name]().passes > 1]
 every_method_of_several_passes = pytest.mark.parametrize('name', SEVERAL_PASSES)
 BATCHES = 2 * PER_EPOCH
-
-
-def equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
 
 
 # The swap.
@@ -179,11 +170,11 @@ def test_random_streams_and_batches_are_the_plain_run_s(name: str, mixup: bool) 
         ends.append(streams())
     plain, ours = recorders
     assert len(plain.drawn) == BATCHES
-    assert equal(plain.drawn, ours.drawn)
-    assert equal([of_batch[0] for of_batch in plain.inputs], [of_batch[0] for of_batch in ours.inputs])
+    assert same(plain.drawn, ours.drawn)
+    assert same([of_batch[0] for of_batch in plain.inputs], [of_batch[0] for of_batch in ours.inputs])
     assert ends[0][:3] == ends[1][:3]
     assert torch.equal(ends[0][3], ends[1][3])
-    assert not equal(ours.drawn[0], ours.drawn[PER_EPOCH]), 'the data is not random'
+    assert not same(ours.drawn[0], ours.drawn[PER_EPOCH]), 'the data is not random'
 
 
 @every_method
@@ -197,10 +188,10 @@ def test_every_pass_has_the_same_dropout_masks_and_mixed_inputs(name: str, micro
     for step, (of_batch, drawn) in enumerate(zip(recorder.inputs, recorder.drawn, strict=True)):
         first, *further = of_batch
         assert len(further) == method.passes - 1
-        assert all(equal(first, other) for other in further)
-        assert not equal(first[0], drawn[0][: len(first[0])]), 'nothing was mixed'
+        assert all(same(first, other) for other in further)
+        assert not same(first[0], drawn[0][: len(first[0])]), 'nothing was mixed'
         own = dropout.masks[step * method.passes * pieces : (step + 1) * method.passes * pieces]
-        assert all(equal(own[:pieces], own[k * pieces : (k + 1) * pieces]) for k in range(method.passes))
+        assert all(same(own[:pieces], own[k * pieces : (k + 1) * pieces]) for k in range(method.passes))
     assert len(dropout.masks) == BATCHES * method.passes * pieces
     assert not torch.equal(dropout.masks[0], dropout.masks[method.passes * pieces])
 
@@ -223,9 +214,9 @@ def test_a_transform_in_place_is_applied_once(name: str, microbatch: int | None)
         recorders.append(recorder)
     plain, ours = recorders
     for theirs, of_batch, drawn in zip(plain.inputs, ours.inputs, plain.drawn, strict=True):
-        assert equal(theirs[0][0], (drawn[0] * 2 + 1)[: len(theirs[0][0])])
-        assert all(equal(theirs[0], inputs) for inputs in of_batch)
-    assert equal(plain.batches_at_end, ours.batches_at_end)
+        assert same(theirs[0][0], (drawn[0] * 2 + 1)[: len(theirs[0][0])])
+        assert all(same(theirs[0], inputs) for inputs in of_batch)
+    assert same(plain.batches_at_end, ours.batches_at_end)
 
 
 # The mathematics, through the Trainer.

@@ -8,22 +8,12 @@ import pytest
 import torch
 from composer.core import State
 from digits import BATCH, METHODS, PER_EPOCH, Recorder, build, snapshot, streams, weights
-from torch import Tensor
 
 from composer_sam import registry
+from tests.problems import same
 
 every_method = pytest.mark.parametrize('name', METHODS)
 BATCHES = 2 * PER_EPOCH
-
-
-def equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
 
 
 class _Fault:
@@ -53,7 +43,7 @@ def test_an_error_in_any_pass_undoes_the_step(name: str, error: BaseException, m
             trainer.fit()
         assert recorder.fault.raised
         assert recorder.passes[-1] == failing
-        assert equal(snapshot(trainer.state), recorder.before), f'pass {failing}'
+        assert same(snapshot(trainer.state), recorder.before), f'pass {failing}'
         assert all(p.grad is None for p in trainer.state.model.parameters())
         trainer.fit()
         assert trainer.state.timestamp.batch == BATCHES
@@ -84,9 +74,9 @@ def test_out_of_memory_in_any_pass_equals_the_smaller_micro_batch_from_the_start
         trainer.fit()
         assert trainer.state.device_train_microbatch_size == 8
         assert torch.equal(weights(trainer), weights(expected)), f'pass {failing}'
-        assert equal(trainer.state.optimizers[0].state_dict(), expected.state.optimizers[0].state_dict())
-        assert equal(streams(), end)
-        assert equal(recorder.drawn, expected_recorder.drawn)
+        assert same(trainer.state.optimizers[0].state_dict(), expected.state.optimizers[0].state_dict())
+        assert same(streams(), end)
+        assert same(recorder.drawn, expected_recorder.drawn)
         assert recorder.samples == expected_recorder.samples == [BATCH] * BATCHES
 
 
