@@ -7,28 +7,33 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from problem import Network, batches, flat
+from problem import Network, batches
 from ranks import gathered, two_ranks
+from test_fsdp import SHARDED, whole
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from composer_sam import SharpnessAwareOptimizer, registry
 
+WRAPPERS = {
+    'ddp': DistributedDataParallel,
+    'fsdp1': SHARDED['fsdp1-FULL_SHARD-original'],
+    'fsdp2': SHARDED['fsdp2-reshard'],
+}
 SCALED = [name for name in registry if not registry[name]().backwards_create_graph]
 
 
 @two_ranks
-@pytest.mark.parametrize('wrapper', ['ddp', 'fsdp2'])
+@pytest.mark.parametrize('wrapper', list(WRAPPERS))
 @pytest.mark.parametrize('name', SCALED)
 def test_an_overflow_on_one_rank_skips_the_step_on_both(name: str, wrapper: str) -> None:
     rank = dist.get_rank()
     for index in range(registry[name]().passes):
-        model = DistributedDataParallel(Network()) if wrapper == 'ddp' else fully_shard(Network())
+        model = WRAPPERS[wrapper](Network())
         scaler = torch.amp.GradScaler('cpu', init_scale=64.0, growth_interval=2)
         base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         optimizer = SharpnessAwareOptimizer(base, registry[name](), model, scaler)
-        weights = [flat(model)]
+        weights = [whole(model)]
         scales = []
         for number, (x, y) in enumerate(batches(rank, 4)):
             state = copy.deepcopy(optimizer.state_dict()['state'])
@@ -37,12 +42,12 @@ def test_an_overflow_on_one_rank_skips_the_step_on_both(name: str, wrapper: str)
                 scaler.scale(nn.functional.mse_loss(model(x), y)).backward()
                 if (number, round_, rank) == (1, index, 1):
                     gradient = next(p.grad for p in model.parameters() if p.grad is not None)
-                    getattr(gradient, '_local_tensor', gradient)[0, 0] = float('inf')
+                    getattr(gradient, '_local_tensor', gradient).view(-1)[0] = float('inf')
             scaler.update()
             assert optimizer.skipped == (number == 1)
             if number == 1:
                 torch.testing.assert_close(optimizer.state_dict()['state'], state, rtol=0, atol=0)
-            weights.append(flat(model))
+            weights.append(whole(model))
             scales.append(scaler.get_scale())
         assert scales == [64.0, 32.0, 32.0, 64.0]
         assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[2], weights[3])

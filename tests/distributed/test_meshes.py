@@ -154,6 +154,30 @@ def test_tied_weights_count_once(name: str, wrapper: str) -> None:
     assert_close(_whole(model), flat(expected), rtol=1e-8, atol=1e-11)
 
 
+@two_ranks
+@every_method
+def test_ignored_parameters_beside_flat_shards_count_once(name: str) -> None:
+    """What FSDP1 is told to ignore lies whole on each rank, and its gradient is for the user to average."""
+    network, expected = Network(), Network()
+    ignored = list(network.last.parameters())
+    model = FullyShardedDataParallel(
+        network, use_orig_params=True, device_id=torch.device('cpu'), ignored_states=ignored
+    )
+    optimizer = SharpnessAwareOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), registry[name](), model)
+    for batch in batches(dist.get_rank()):
+
+        def closure(batch: tuple[Tensor, Tensor] = batch) -> Tensor:
+            loss = _closure(optimizer, model, batch)()
+            for parameter in ignored:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= dist.get_world_size()
+            return loss
+
+        optimizer.step(closure)
+    train(expected, registry[name](), union(), lr=0.1)
+    assert_close(_whole(model), flat(expected), rtol=1e-8, atol=1e-11)
+
+
 def _bf16_fsdp1(network: nn.Module) -> nn.Module:
     precision = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return FullyShardedDataParallel(
@@ -209,7 +233,7 @@ def _closure(
 ) -> Callable[[], Tensor]:
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = nn.functional.mse_loss(model(batch[0]).float(), batch[1])
+        loss = nn.functional.mse_loss(model(batch[0]).to(batch[1].dtype), batch[1])
         loss.backward()
         return loss
 
