@@ -184,13 +184,28 @@ def draw(runs: Sequence[Run]) -> Figure:
     panels = len(measures) + has_geometry
     figure = Figure(figsize=(4.6 * panels + 0.6, 4.8), layout='constrained')
     axes: Any = figure.subplots(1, panels, squeeze=False)[0]
+    draw = _draw_rows if layout.columns == [None] else _draw_measure
     for measure, panel in zip(measures, axes, strict=False):
-        _draw_measure(panel, layout, measure)
+        draw(panel, layout, measure)
     if has_geometry:
         _draw_geometry(axes[-1], layout, measures[0])
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside lower center', ncols=min(len(labels), 4), frameon=False)
     return figure
+
+
+def _draw_rows(axes: Axes, layout: Layout, measure: _Measure) -> None:
+    """Without a grid: a point for every row, with the spread of the seeds."""
+    for index, row in enumerate(layout.rows):
+        values = measure.values(layout.cells.get((row, None), []))
+        if values is not None:
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            style: dict[str, Any] = {'label': row, 'color': f'C{index % 10}'}
+            axes.errorbar(statistics.fmean(values), index, xerr=spread, marker='o', linestyle='', capsize=3, **style)
+    axes.set_yticks([])
+    axes.invert_yaxis()
+    axes.set(title=measure.title)
+    axes.grid(alpha=0.3)
 
 
 def _draw_measure(axes: Axes, layout: Layout, measure: _Measure) -> None:
@@ -216,9 +231,8 @@ def _draw_measure(axes: Axes, layout: Layout, measure: _Measure) -> None:
             drawn += y
     if layout.numbers and places[0] > 0 and places[-1] >= 4 * places[0]:
         axes.set_xscale('log')
-    if layout.columns != [None]:
-        axes.set_xticks(places, [value_text(column) for column in columns])
-        axes.minorticks_off()
+    axes.set_xticks(places, [value_text(column) for column in columns])
+    axes.minorticks_off()
     if not measure.unit and drawn and min(drawn) > 0 and max(drawn) > 10 * min(drawn):
         axes.set_yscale('log')
     axes.set(xlabel=layout.column, title=measure.title)
