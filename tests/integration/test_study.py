@@ -214,7 +214,8 @@ def test_a_small_study_has_every_method(folder: str) -> None:
     paths = [str(path) for path in sorted((YAMLS / 'study' / folder).glob('*.yaml'))]
     recipes = [load_recipe(path) for path in paths]
     assert len(recipes) == len({recipe.name for recipe in recipes}) == 7
-    assert all(len(recipe.grid) == (recipe.name != 'SGD') for recipe in recipes)
+    with_grid = {recipe.name for recipe in recipes if recipe.grid}
+    assert with_grid == ({recipe.name for recipe in recipes} - {'SGD'} if folder == 'digits' else set())
 
 
 def test_train_says_that_a_grid_is_for_a_study(capsys: pytest.CaptureFixture[str]) -> None:
