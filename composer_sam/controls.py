@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-import random
+from collections.abc import Iterable
 from typing import Any, Protocol, TypeAlias
 
-import numpy as np
 import torch
 from composer.algorithms import GradientClipping
 from composer.callbacks import MemoryMonitor
@@ -23,8 +22,17 @@ from torch._utils import _unflatten_dense_tensors
 from torch.utils._pytree import tree_map
 
 from composer_sam.distributed import replicas
+from composer_sam.streams import RandomStreams
 
-__all__ = ['AttributeControl', 'BufferControl', 'Control', 'RandomControl', 'TrainerControl', 'closure_cell']
+__all__ = [
+    'AttributeControl',
+    'BufferControl',
+    'Control',
+    'RandomControl',
+    'TrainerControl',
+    'closure_cell',
+    'end_skipped',
+]
 
 
 class Control(Protocol):
@@ -41,52 +49,36 @@ class Control(Protocol):
     def rollback(self) -> None: ...
 
 
-class RandomControl:
-    """The random streams of Python, NumPy, torch's CPU and the accelerators the parameters are on.
+def end_skipped(controls: Iterable[Control], discard: bool) -> None:
+    """End a step that is skipped: as the first pass left things, or with nothing of the batch but the numbers drawn."""
+    for control in controls:
+        control.discard() if discard else control.settle()
 
-    Generators a module makes for itself (``torch.Generator()``) are not known here and go on between passes.
-    """
+
+class RandomControl:
+    """The global random streams; see :class:`~composer_sam.streams.RandomStreams`. Generators a module makes for itself
+    go on between passes."""
 
     def __init__(self, devices: set[torch.device]):
-        self._cuda = [device for device in devices if device.type == 'cuda']
-        self._mps = any(device.type == 'mps' for device in devices)
-        self._before = self._read()
+        self._streams = RandomStreams(devices)
+        self._before = self._streams.read()
         self._after = None
 
     def first_pass_done(self) -> None:
-        self._after = self._read()
+        self._after = self._streams.read()
 
     def rewind(self) -> None:
-        self._write(self._before)
+        self._streams.write(self._before)
 
     def settle(self) -> None:
         if self._after is not None:
-            self._write(self._after)
+            self._streams.write(self._after)
 
     def discard(self) -> None:
         self.settle()
 
     def rollback(self) -> None:
-        self._write(self._before)
-
-    def _read(self) -> tuple[Any, ...]:
-        return (
-            random.getstate(),
-            np.random.get_state(),  # noqa: NPY002 (the global stream is what libraries draw from)
-            torch.get_rng_state(),
-            [torch.cuda.get_rng_state(device) for device in self._cuda],
-            torch.mps.get_rng_state() if self._mps else None,
-        )
-
-    def _write(self, streams: tuple[Any, ...]) -> None:
-        python, numpy, cpu, cuda, mps = streams
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        torch.set_rng_state(cpu)
-        for device, state in zip(self._cuda, cuda, strict=True):
-            torch.cuda.set_rng_state(state, device)
-        if mps is not None:
-            torch.mps.set_rng_state(mps)
+        self._streams.write(self._before)
 
 
 # What is registered in each slot, and all contents: for every device and type its buffers and one copy of them.

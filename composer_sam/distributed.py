@@ -15,12 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 __all__ = [
     'Layout',
     'always_synchronises',
+    'anywhere',
     'average',
     'local',
     'must_synchronise',
     'own_memory',
     'placed_like',
     'replicas',
+    'several_processes',
     'to_rest',
 ]
 
@@ -30,6 +32,18 @@ Groups = tuple[dist.ProcessGroup, ...]
 def local(tensor: Tensor) -> Tensor:
     """The part of ``tensor`` that lies on this rank, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def several_processes() -> bool:
+    """Whether there is a process group; it may have one rank only."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def anywhere(flag: Tensor) -> Tensor:
+    """The largest of all ranks' flags, by one reduction in the memory of this rank's."""
+    if several_processes():
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return flag
 
 
 def replicas(model: nn.Module | None) -> DistributedDataParallel | None:
@@ -46,7 +60,7 @@ def must_synchronise(model: nn.Module | None) -> bool:
 
 def always_synchronises(model: nn.Module | None) -> bool:
     """Whether gradients cannot be left on their ranks at all, because the model is sharded over several."""
-    if model is None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if model is None or not several_processes() or dist.get_world_size() == 1:
         return False
     return any(isinstance(module, (FullyShardedDataParallel, FSDPModule)) for module in model.modules())
 
@@ -213,7 +227,7 @@ def _dense_stride(parameter: Tensor) -> tuple[int, ...]:
 
 
 def _shard_groups(parameters: Sequence[Tensor], model: nn.Module | None) -> tuple[Groups, ...]:
-    if not dist.is_available() or not dist.is_initialized():
+    if not several_processes():
         return ((),) * len(parameters)
     flattened = _flattened_groups(model)
     groups: list[Groups] = []

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
+
+from composer_sam.distributed import anywhere
 
 __all__ = ['GradScaler', 'finite', 'unscale']
 
@@ -61,9 +62,7 @@ def finite(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
         device = optimizer.param_groups[0]['params'][0].device
         found[device] = torch.zeros(1, device=device)
     flags = list(found.values())
-    overflow = torch.stack([flag.reshape(()).to(flags[0].device) for flag in flags]).amax()
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(overflow, op=dist.ReduceOp.MAX)
-        for flag in flags:
-            flag.fill_(overflow)
+    overflow = anywhere(torch.stack([flag.reshape(()).to(flags[0].device) for flag in flags]).amax())
+    for flag in flags:
+        flag.fill_(overflow)
     return not overflow.item()

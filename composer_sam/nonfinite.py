@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from composer_sam.distributed import local
+from composer_sam.distributed import anywhere, local, several_processes
 from composer_sam.placement import real
 
 __all__ = ['NonFinite']
@@ -42,17 +42,14 @@ class NonFinite:
     def found(self, parameters: Sequence[Tensor], index: int) -> bool:
         """Whether the loss or the gradient of the pass just done is not finite on any rank; reports it if so."""
         loss, self._loss = self._loss, None
-        flag = _not_finite(parameters, loss)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        if not flag.item():
+        if not anywhere(_not_finite(parameters, loss)).item():
             return False
         self._report(index, 'the loss or the gradient is not finite', 'The step is skipped')
         return True
 
     def _report(self, index: int, what: str, then: str) -> None:
         # Rank 0 speaks for all: where only another rank saw it, the averaged gradient brings it to rank 0.
-        if self._reported or (dist.is_available() and dist.is_initialized() and dist.get_rank() != 0):
+        if self._reported or (several_processes() and dist.get_rank() != 0):
             return
         self._reported = True
         advice = '' if self.skips else "; on_nonfinite='skip' skips such steps"

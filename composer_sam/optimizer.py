@@ -24,8 +24,6 @@ from composer_sam.two_calls import TwoCalls
 
 __all__ = ['SharpnessAwareOptimizer']
 
-_MISSING = object()
-
 
 class SharpnessAwareOptimizer(Optimizer):
     r"""Steps ``base_optimizer`` with the direction that ``method`` finds by gradients at perturbed weights.
@@ -164,7 +162,7 @@ class SharpnessAwareOptimizer(Optimizer):
 
     # The step: in one closure, in a loop over its passes, or in two calls.
 
-    def step(self, closure: Any = _MISSING) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Take one step.
 
         Args:
@@ -178,7 +176,7 @@ class SharpnessAwareOptimizer(Optimizer):
         Raises:
             ValueError: no closure, a closure that returns no loss, or a sparse gradient.
         """
-        if closure is _MISSING or closure is None:
+        if closure is None:
             return self._step_without_closure()
         called = Closure(closure)
         self._two_calls.stop_watching()

@@ -12,8 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from composer_sam.controls import Control
-from composer_sam.distributed import Layout, average, must_synchronise, own_memory, placed_like, replicas, to_rest
+from composer_sam.controls import Control, end_skipped
+from composer_sam.distributed import (
+    Layout,
+    average,
+    must_synchronise,
+    own_memory,
+    placed_like,
+    replicas,
+    several_processes,
+    to_rest,
+)
 from composer_sam.placement import Placement, real, shaped_like
 from composer_sam.selection import Selection, names_of, select
 from composer_sam.vectors import Number, PerParameter, Vector, add, restrict, scale, to_radius
@@ -256,8 +265,7 @@ class Step:
         """
         self._placement.restore()
         self._drop_gradients()
-        for control in self._controls:
-            control.discard() if discard else control.settle()
+        end_skipped(self._controls, discard)
         self._close()
 
     def rollback(self) -> None:
@@ -320,7 +328,7 @@ class Step:
             values = [
                 real(placed_like(self.layout.parameters[place], v)) for v, place in zip(values, where, strict=True)
             ]
-        if dist.is_available() and dist.is_initialized():
+        if several_processes():
             values = [own_memory(v, self.layout.parameters[place]) for v, place in zip(values, where, strict=True)]
         self._check_memory(values, where)
         return Vector(values, where, self.layout)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from composer_sam.controls import end_skipped
 from composer_sam.step import PLAIN
 
 if TYPE_CHECKING:
@@ -85,9 +86,7 @@ class TwoCalls:
         if not self._pending:
             raise ValueError('first_step() is missing: the order is backward, first_step, backward, second_step')
         if self._passes is None:
-            discard = optimizer.method.on_nonfinite == 'skip'
-            for control in self._idle_controls:
-                control.discard() if discard else control.settle()
+            end_skipped(self._idle_controls, discard=optimizer.method.on_nonfinite == 'skip')
             self._end()
             self._rearm()
             optimizer.zero_grad()

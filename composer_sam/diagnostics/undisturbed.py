@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from composer_sam.streams import RandomStreams
+
 __all__ = ['ModelState', 'RandomState', 'exact_kernels']
 
 # Where every pass starts its streams: a module that draws in evaluation mode too sees the same numbers each time.
@@ -21,31 +23,24 @@ _BITS = {4: torch.int32, 8: torch.int64}
 
 
 class RandomState:
-    """The random streams of Python, NumPy, torch's CPU and the CUDA devices given, as they are now."""
+    """The global random streams and those of the devices given, as they are now."""
 
     def __init__(self, devices: set[torch.device]):
-        self._cuda = [device for device in devices if device.type == 'cuda']
-        self._python = random.getstate()
-        self._numpy = np.random.get_state()  # noqa: NPY002 (the global stream is what libraries draw from)
-        self._cpu = torch.get_rng_state()
-        self._accelerators = [torch.cuda.get_rng_state(device) for device in self._cuda]
+        self._streams = RandomStreams(devices)
+        self._before = self._streams.read()
 
     def fix(self) -> None:
         """Start all streams at the same fixed seed."""
         random.seed(_SEED)
-        np.random.seed(_SEED)  # noqa: NPY002
+        np.random.seed(_SEED)  # noqa: NPY002 (the global stream is what libraries draw from)
         # Not torch.manual_seed: it also seeds devices whose streams are not kept here.
         torch.default_generator.manual_seed(_SEED)
-        for device in self._cuda:
+        for device in self._streams.cuda:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(_SEED)
 
     def restore(self) -> None:
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)  # noqa: NPY002
-        torch.set_rng_state(self._cpu)
-        for device, state in zip(self._cuda, self._accelerators, strict=True):
-            torch.cuda.set_rng_state(state, device)
+        self._streams.write(self._before)
 
 
 class ModelState:
