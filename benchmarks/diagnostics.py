@@ -128,13 +128,15 @@ def main() -> None:
     if options.case:
         print(json.dumps(measured(**json.loads(options.case))))
         return
-    report = Report('diagnostics', {name: value for name, value in vars(options).items() if name != 'case'})
+    report = Report(
+        'diagnostics', {name: value for name, value in vars(options).items() if name != 'case'}, options.json
+    )
     table = Table('The largest eigenvalue of the Hessian', COLUMNS, note=NOTE)
     with tempfile.TemporaryDirectory() as folder:
         for model in options.models:
             table.add(*row(model, options.batch, options.microbatch, folder))
     report.add(table)
-    report.write(options.json)
+    report.write()
 
 
 if __name__ == '__main__':

@@ -208,7 +208,7 @@ def main() -> None:
         print('no CUDA device is available: nothing to measure')
         return
 
-    report = Report('gpu', vars(options))
+    report = Report('gpu', vars(options), options.json)
     outcome = Table('Sections', ('section', 'outcome', 'seconds'))
     for name in options.sections:
         begin = time.perf_counter()
@@ -219,11 +219,11 @@ def main() -> None:
             traceback.print_exc()
             result = f'{type(error).__name__}: {str(error)[:300]}'
         outcome.add(name, result, time.perf_counter() - begin)
-        report.write(options.json)  # what is measured is kept, should a later section not return
+        report.write()  # what is measured is kept, should a later section not return
         if device.type == 'cuda':
             torch.cuda.empty_cache()
     report.add(outcome)
-    report.write(options.json)
+    report.write()
 
 
 if __name__ == '__main__':

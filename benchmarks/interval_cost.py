@@ -70,7 +70,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    report = Report('interval_cost', vars(options))
+    report = Report('interval_cost', vars(options), options.json)
     note = (
         'Medians of ratios to the base steps taken in the same round; ± is half the interquartile range. Plain steps '
         "are those that do not perturb. 'base again' is a second base trainer: its distance from 1 is the noise."
@@ -85,7 +85,7 @@ def main() -> None:
         for row in interval_rows(model, variants, options.interval, chunks, torch.device(options.device)):
             table.add(*row)
     report.add(table)
-    report.write(options.json)
+    report.write()
 
 
 if __name__ == '__main__':

@@ -146,14 +146,14 @@ def main() -> None:
     parser.add_argument('--json', metavar='OUT', help='write the report here instead of benchmarks/results/')
     options = parser.parse_args()
 
-    report = Report('memory', vars(options))
+    report = Report('memory', vars(options), options.json)
     table = Table('Memory beyond the base optimizer', COLUMNS, note=NOTE)
     for model in options.models:
         for base in options.base:
             for row in memory_rows(model, base, options.methods, options.placements, torch.device(options.device)):
                 table.add(*row)
     report.add(table)
-    report.write(options.json)
+    report.write()
 
 
 if __name__ == '__main__':

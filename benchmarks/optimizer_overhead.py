@@ -206,7 +206,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
 
-    report = Report('optimizer_overhead', vars(options))
+    report = Report('optimizer_overhead', vars(options), options.json)
     table = Table('Optimizer-side cost of a step', COLUMNS, note=NOTE)
     for model in options.models:
         for base in options.base:
@@ -222,7 +222,7 @@ def main() -> None:
                         for row in _breakdown(model, base, method, placement, device, options.repeats):
                             parts.add(*row)
         report.add(parts)
-    report.write(options.json)
+    report.write()
 
 
 if __name__ == '__main__':

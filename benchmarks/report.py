@@ -1,14 +1,20 @@
-"""A benchmark's report: what ran where, and its tables, printed and written as JSON and Markdown."""
+"""A benchmark's report: what ran where, and its tables, printed and written as JSON and Markdown.
+
+A report is measured case by case, and each case is kept when it is done, so that a benchmark that was cut off goes on
+with the next one. Kept cases count only as long as machine, versions, options and code are what they were.
+"""
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +22,10 @@ from typing import Any
 import psutil
 import torch
 
-__all__ = ['RESULTS', 'Report', 'Table']
+__all__ = ['RESULTS', 'WORK', 'Report', 'Table', 'code', 'environment']
 
 RESULTS = Path(__file__).resolve().parent / 'results'
+WORK = Path(__file__).resolve().parent / '.work'  # what is done so far, not committed
 _PACKAGES = ('torch', 'torchvision', 'mosaicml', 'numpy')
 
 
@@ -58,45 +65,106 @@ class Report:
 
     Args:
         name: name of the benchmark and of its files.
-        config: every option of the run.
+        config: every option of the run; ``json`` says where to write and is no part of what is measured.
+        out: ``OUT.json`` and ``OUT.md`` are written; by default ``benchmarks/results/NAME``.
     """
 
-    def __init__(self, name: str, config: dict[str, Any]):
+    def __init__(self, name: str, config: dict[str, Any], out: str | Path | None = None):
         self.name = name
-        self.config = config
+        self.config = {key: value for key, value in config.items() if key != 'json'}
         self.environment = environment()
         self.tables: list[Table] = []
+        self._out = Path(out) if out else RESULTS / name
+        self._kept = _Kept(WORK / f'{self._out.name}.json', {'config': self.config, **_identity(self.environment)})
+
+    def case(self, key: str, measure: Callable[[], Any]) -> Any:
+        """What ``measure()`` returned, now or before this benchmark was cut off; it must be JSON's own types.
+
+        Args:
+            key: names the case; unique in the report.
+            measure: takes the measurement.
+        """
+        if (kept := self._kept.get(key)) is not None:
+            print(f'{self.name}: {key}: kept from {kept["date"]}', flush=True)
+        else:
+            print(f'{self.name}: {key} ...', flush=True)
+            kept = {'date': _now(), 'load': round(os.getloadavg()[0], 2)}
+            began = time.perf_counter()
+            kept['found'] = measure()
+            kept['seconds'] = round(time.perf_counter() - began, 1)
+            kept = self._kept.keep(key, kept)
+        measured = self.environment.setdefault('cases', {})
+        measured[key] = {name: kept[name] for name in ('date', 'load', 'seconds')}
+        return kept['found']
 
     def add(self, table: Table) -> None:
         self.tables.append(table)
         print(f'\n{table.markdown()}', flush=True)
 
-    def write(self, out: str | Path | None = None) -> Path:
-        """Write ``OUT.json`` and ``OUT.md``, by default ``benchmarks/results/NAME``; returns the Markdown's path."""
-        path = RESULTS / self.name if out is None else Path(out).with_suffix('')
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def write(self) -> Path:
+        """Write the files; returns the Markdown's path."""
+        self._out.parent.mkdir(parents=True, exist_ok=True)
         content = {
             'name': self.name,
             'environment': self.environment,
             'config': self.config,
             'tables': [asdict(table) for table in self.tables],
         }
-        path.with_suffix('.json').write_text(json.dumps(content, indent=1, default=str) + '\n')
+        path = self._out.with_name(self._out.name + '.json')
+        path.write_text(json.dumps(content, indent=1, default=str) + '\n')
         markdown = path.with_suffix('.md')
         markdown.write_text(self.markdown())
-        print(f'\nwritten to {markdown} and {path.with_suffix(".json").name}')
+        print(f'\nwritten to {markdown} and {path.name}', flush=True)
         return markdown
 
     def markdown(self) -> str:
-        facts = [f'- {key}: {value}' for key, value in self.environment.items()]
+        facts = [f'- {key}: {value}' for key, value in self.environment.items() if key != 'cases']
+        if cases := self.environment.get('cases'):
+            facts.append(
+                '- cases (seconds each, load of the machine before): '
+                + '; '.join(f'{key} ({case["seconds"]}, {case["load"]})' for key, case in cases.items())
+            )
         facts.append('- options: ' + ', '.join(f'{key}={value}' for key, value in self.config.items()))
         return '\n'.join([f'# {self.name}', '', *facts, '', '\n\n'.join(table.markdown() for table in self.tables), ''])
+
+
+class _Kept:
+    """The cases that are done, in a file that holds cases of one machine, one set of options and one state of the code
+    only."""
+
+    def __init__(self, file: Path, identity: dict[str, Any]):
+        self._file = file
+        self._content: dict[str, Any] = {'identity': json.loads(json.dumps(identity, default=str)), 'cases': {}}
+        if file.exists():
+            found = json.loads(file.read_text())
+            if found['identity'] == self._content['identity']:
+                self._content = found
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        return self._content['cases'].get(key)
+
+    def keep(self, key: str, case: dict[str, Any]) -> dict[str, Any]:
+        self._content['cases'][key] = case
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._file.with_suffix('.partial')
+        partial.write_text(json.dumps(self._content, indent=1))
+        partial.replace(self._file)
+        return json.loads(json.dumps(case))  # as it will be read, tuples as lists
+
+
+def code() -> str:
+    """A short hash of everything that decides what a benchmark measures: the package's code and the benchmarks'."""
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for file in sorted([*(root / 'composer_sam').rglob('*.py'), *(root / 'benchmarks').glob('*.py')]):
+        digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def environment() -> dict[str, Any]:
     """Date, hardware and versions."""
     found: dict[str, Any] = {
-        'date': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
+        'date': _now(),
         'cpu': _cpu_model(),
         'cores': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
         'threads': torch.get_num_threads(),
@@ -116,6 +184,15 @@ def environment() -> dict[str, Any]:
             found[package] = 'not installed'
     found['commit'] = _commit()
     return found
+
+
+def _identity(environment: dict[str, Any]) -> dict[str, Any]:
+    """What kept cases must have in common with a run that uses them."""
+    return {'code': code(), **{k: v for k, v in environment.items() if k not in ('date', 'load', 'commit')}}
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
 
 
 def _cpu_model() -> str:
