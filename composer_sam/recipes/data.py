@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from composer.utils import dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import datasets
 from torchvision.transforms import v2
 
@@ -44,19 +44,22 @@ class Images(Dataset):
         labels: Their classes.
         augment: Random transform of one image.
         finish: Deterministic transform of a batch, last.
+        plain: Deterministic transform that takes the place of ``augment`` where these images are tested on.
     """
 
     def __init__(
         self,
-        images: Tensor | Sequence[Tensor],
+        images: Tensor | Sequence[Tensor] | Subset[Tensor],
         labels: Tensor,
         augment: Transform | None = None,
         finish: Transform | None = None,
+        plain: Transform | None = None,
     ) -> None:
         self.images = images
         self.labels = labels
         self.augment = augment
         self.finish = finish
+        self.plain = plain
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,6 +76,18 @@ class Images(Dataset):
         else:
             images = torch.stack([self.augment(self.images[index]) for index in indices])
         return images if self.finish is None else self.finish(images), self.labels[indices]
+
+    def held_out(self, fraction: float, seed: int) -> tuple[Images, Images]:
+        """These images without a ``fraction`` of them, drawn by ``seed``, and those, not augmented."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        few = round(fraction * len(self))
+        chosen, rest = (part.sort().values for part in (order[:few], order[few:]))
+
+        def part(indices: Tensor, augment: Transform | None) -> Images:
+            images = self.images[indices] if isinstance(self.images, Tensor) else Subset(self.images, indices.tolist())
+            return Images(images, self.labels[indices], augment, self.finish, self.plain)
+
+        return part(rest, self.augment), part(chosen, self.plain)
 
 
 def build_data(section: DataSection, seed: int, pin_memory: bool = False) -> Data:
@@ -97,9 +112,16 @@ def build_data(section: DataSection, seed: int, pin_memory: bool = False) -> Dat
         train, test, num_classes = _image_folder(section)
     else:
         raise TypeError(f'no data set is built from {type(section).__name__}')
+    train.labels = noisy_labels(train.labels, num_classes, section.label_noise, section.noise_seed)
+    if section.validation_fraction:
+        train, test = train.held_out(section.validation_fraction, seed)
+        if not len(test):
+            raise RecipeError(
+                f'data.validation_fraction: {section.validation_fraction} of {len(train)} training images is none; '
+                'choose a larger one, or 0 to test on the test set',
+            )
     if len(train) < section.batch_size:
         raise RecipeError(f'data.batch_size: {section.batch_size} is more than the {len(train)} training images')
-    train.labels = noisy_labels(train.labels, num_classes, section.label_noise, section.noise_seed)
 
     channels, height, width = test[0][0].shape
     eval_batch_size = section.eval_batch_size or section.batch_size
@@ -218,7 +240,10 @@ def _image_folder(section: ImageFolder) -> tuple[Images, Images, int]:
             train_images = _read_all(train_images)
     finish = v2.Compose(_normalise(section))
     return (
-        Images(train_images, torch.tensor(train.targets), _augmentation(section.augment, size), finish),
+        Images(
+            *(train_images, torch.tensor(train.targets), _augmentation(section.augment, size), finish),
+            plain=prepare if section.augment == 'resized_crop' else None,
+        ),
         Images(test_images, torch.tensor(test.targets), None, finish),
         len(train.classes),
     )

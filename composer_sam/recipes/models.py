@@ -19,7 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from composer_sam.recipes.errors import RecipeError
 from composer_sam.recipes.schema import CNN, MLP, ModelSection, WideResNet
 
-__all__ = ['WideResNet28', 'build_model', 'cifar_resnet', 'plain_models']
+__all__ = ['WideResidualNetwork', 'build_model', 'cifar_resnet', 'plain_models']
 
 _CIFAR_RESNETS = {f'cifar_resnet{depth}': f'resnet{depth}' for depth in (18, 34, 50)}
 # In training these return their auxiliary classifiers' outputs too, which no ordinary loss understands.
@@ -42,7 +42,7 @@ def build_model(section: ModelSection, image_shape: tuple[int, int, int], num_cl
     elif isinstance(section, CNN):
         module = cnn(channels, section.width, num_classes)
     elif isinstance(section, WideResNet):
-        module = WideResNet28(channels, num_classes, section.widen, section.dropout)
+        module = WideResidualNetwork(channels, num_classes, section.depth, section.widen, section.dropout)
     elif section.name in _CIFAR_RESNETS:
         module = cifar_resnet(_CIFAR_RESNETS[section.name], channels, num_classes)
     elif channels != 3:
@@ -115,12 +115,13 @@ class _WideBlock(nn.Module):
         return self.conv2(self.dropout(F.relu(self.norm2(residual)))) + shortcut
 
 
-class WideResNet28(nn.Module):
-    """The wide residual network of depth 28 for 32x32 images.
+class WideResidualNetwork(nn.Module):
+    """The wide residual network for 32x32 images.
 
     Args:
         channels: Channels of the images.
         num_classes: Classes to tell apart.
+        depth: Convolutions on the longest way: 4 and 6 for every block of a stage.
         widen: How many times wider than the narrow residual network.
         dropout: Probability between the two convolutions of a block.
 
@@ -128,14 +129,14 @@ class WideResNet28(nn.Module):
         Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016, https://arxiv.org/abs/1605.07146
     """
 
-    def __init__(self, channels: int, num_classes: int, widen: int = 10, dropout: float = 0.0) -> None:
+    def __init__(self, channels: int, num_classes: int, depth: int = 28, widen: int = 10, dropout: float = 0.0) -> None:
         super().__init__()
         widths = [16, 16 * widen, 32 * widen, 64 * widen]
         self.stem = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
         stages = []
         for inputs, outputs, stride in zip(widths[:-1], widths[1:], (1, 2, 2), strict=True):
             blocks = [_WideBlock(inputs, outputs, stride, dropout)]
-            blocks += [_WideBlock(outputs, outputs, 1, dropout) for _ in range(3)]
+            blocks += [_WideBlock(outputs, outputs, 1, dropout) for _ in range((depth - 4) // 6 - 1)]
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.Sequential(*stages)
         self.norm = nn.BatchNorm2d(widths[-1])

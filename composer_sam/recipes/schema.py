@@ -2,7 +2,17 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, SerializeAsAny, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from composer_sam.recipes.errors import RecipeError, unknown
 
@@ -42,6 +52,8 @@ class DataSection(_Section):
         num_workers: Worker processes per training process that load and augment images.
         label_noise: Fraction of the training labels that are replaced by a different class, drawn uniformly.
         noise_seed: Seed of the label noise, so that runs with different seeds see the same wrong labels.
+        validation_fraction: Part of the training images that is held out, with its label noise, and tested on in place
+            of the test set: for choosing hyper-parameters. Which images those are follows the recipe's ``seed``.
     """
 
     name: str
@@ -51,6 +63,7 @@ class DataSection(_Section):
     num_workers: NonNegativeInt = 0
     label_noise: Fraction = 0.0
     noise_seed: NonNegativeInt = 0
+    validation_fraction: Fraction = 0.0
 
 
 class Digits(DataSection):
@@ -149,16 +162,27 @@ class CNN(ModelSection):
 
 
 class WideResNet(ModelSection):
-    """WRN-28-k, the wide residual network of depth 28.
+    """WRN-d-k, the wide residual network.
 
     Attributes:
+        depth: d, its convolutions on the longest way; 10, 16, 22, 28, ...
         widen: k, how many times wider than the narrow residual network.
         dropout: Probability between the two convolutions of a block.
     """
 
-    name: Literal['wide_resnet28']
+    name: Literal['wide_resnet']
+    depth: PositiveInt = 28
     widen: PositiveInt = 10
     dropout: Fraction = 0.0
+
+    @field_validator('depth')
+    @classmethod
+    def _whole_blocks(cls, depth: int) -> int:
+        if depth < 10 or depth % 6 != 4:
+            raise PydanticCustomError(
+                'depth', 'one of 10, 16, 22, 28, 34, 40, ...: three stages of equally many blocks'
+            )
+        return depth
 
 
 Arguments = dict[str, Any]
@@ -225,7 +249,7 @@ DATA: dict[str, type[DataSection]] = {
     'cifar100': Cifar,
     'image_folder': ImageFolder,
 }
-MODELS: dict[str, type[ModelSection]] = {'mlp': MLP, 'cnn': CNN, 'wide_resnet28': WideResNet}
+MODELS: dict[str, type[ModelSection]] = {'mlp': MLP, 'cnn': CNN, 'wide_resnet': WideResNet}
 
 
 def parse_recipe(mapping: dict[str, Any], plain_models: list[str]) -> Recipe:

@@ -99,6 +99,40 @@ def test_label_noise_is_symmetric_and_seeded() -> None:
     assert torch.equal(noisy_labels(labels, 4, 0.0, seed=1), labels)
 
 
+def test_validation_images_are_training_images_with_their_noise_and_others_for_another_seed() -> None:
+    whole = build_data(digits(label_noise=0.4), seed=3).train.dataset
+    data = build_data(digits(label_noise=0.4, validation_fraction=0.25), seed=3)
+    train, held_out = data.train.dataset, data.test.dataset
+    assert (len(train), len(held_out)) == (1347 - 337, 337)
+
+    def pairs(images: Images) -> list[tuple[bytes, int]]:
+        return sorted((image.numpy().tobytes(), int(label)) for image, label in zip(images.images, images.labels, strict=True))
+
+    assert pairs(whole) == sorted(pairs(train) + pairs(held_out))
+    assert pairs(held_out) == pairs(build_data(digits(label_noise=0.4, validation_fraction=0.25), seed=3).test.dataset)
+    other = build_data(digits(label_noise=0.4, validation_fraction=0.25), seed=4).test.dataset
+    # Of 337 images each is among another seed's with probability a quarter: 84 in common, give or take 8.
+    assert len(set(pairs(held_out)) & set(pairs(other))) < 130
+
+
+def test_validation_images_are_not_augmented(folder: Path) -> None:
+    for augment in ('crop_flip', 'resized_crop'):
+        section = folder_section(folder, augment=augment, batch_size=2, validation_fraction=0.5)
+        data = build_data(section, seed=0)
+        held_out = data.test.dataset
+        assert len(held_out) == len(data.train.dataset)
+        assert torch.equal(held_out[0][0], held_out[0][0])
+        plain = build_data(folder_section(folder, augment='none', batch_size=2), seed=0).train.dataset
+        originals = [image for image, _ in (plain[index] for index in range(len(plain)))]
+        for index in range(len(held_out)):
+            assert any(torch.equal(held_out[index][0], original) for original in originals)
+
+
+def test_a_validation_set_of_nothing_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r'data\.validation_fraction: 0\.0001 of 1347 training images is none'):
+        build_data(digits(validation_fraction=0.0001), seed=0)
+
+
 def test_a_batch_larger_than_the_data_is_refused() -> None:
     with pytest.raises(RecipeError, match=r'data\.batch_size: 4096 is more than the 1347 training images'):
         build_data(digits(batch_size=4096), seed=0)
@@ -186,10 +220,12 @@ def test_missing_cifar_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     [
         (MLP(name='mlp'), (1, 8, 8), 10, 64 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10),
         (CNN(name='cnn'), (1, 8, 8), 10, 9 * 32 + 2 * 32 + 9 * 32 * 64 + 2 * 64 + 64 * 10 + 10),
-        # As published: 11.17 million for the CIFAR ResNet-18, 36.5 million for WRN-28-10.
+        # As published: 11.17 million for the CIFAR ResNet-18, 36.5 for WRN-28-10, 2.7 for WRN-16-4, 2.2 for WRN-40-2.
         (ModelSection(name='cifar_resnet18'), (3, 32, 32), 10, 11_173_962),
-        (WideResNet(name='wide_resnet28', dropout=0.3), (3, 32, 32), 10, 36_479_194),
-        (WideResNet(name='wide_resnet28', widen=1), (3, 16, 16), 10, 369_498),
+        (WideResNet(name='wide_resnet', dropout=0.3), (3, 32, 32), 10, 36_479_194),
+        (WideResNet(name='wide_resnet', widen=1), (3, 16, 16), 10, 369_498),
+        (WideResNet(name='wide_resnet', depth=16, widen=4), (3, 32, 32), 10, 2_748_890),
+        (WideResNet(name='wide_resnet', depth=40, widen=2), (3, 32, 32), 10, 2_243_546),
         (ModelSection(name='resnet18'), (3, 64, 64), 1000, 11_689_512),
     ],
     ids=lambda value: getattr(value, 'name', None),
@@ -213,7 +249,7 @@ def test_the_cifar_stem_keeps_the_resolution() -> None:
 
 
 def test_wide_resnet_drops_out_between_the_convolutions() -> None:
-    module = build_model(WideResNet(name='wide_resnet28', dropout=0.3), (3, 32, 32), 10).module
+    module = build_model(WideResNet(name='wide_resnet', dropout=0.3), (3, 32, 32), 10).module
     rates = [layer.p for layer in module.modules() if isinstance(layer, nn.Dropout)]
     assert rates == [0.3] * 12
 

@@ -69,6 +69,8 @@ def test_cifar_recipes_take_an_image_folder_by_two_overrides(name: str) -> None:
         ('data.name=digit', r"^data.name: unknown name \(value 'digit'\); did you mean digits\?$"),
         ('data.name=null', r'^data.name: is required; valid: cifar10, cifar100, digits, image_folder$'),
         ('data.batch_sise=64', r'^data.batch_sise: unknown key \(value 64\); did you mean batch_size'),
+        ('model={name: wide_resnet, depth: 12}', r'^model.depth: got 12, should be one of 10, 16, 22, 28'),
+        ('data.validation_fraction=1.0', r'^data.validation_fraction: got 1.0, should be less than 1$'),
         ('data.batch_size=0', r'^data.batch_size: got 0, should be greater than 0$'),
         ('data.label_noise=1.0', r'^data.label_noise: got 1.0, should be less than 1$'),
         ('data.batch_size="64"', r"^data.batch_size: got '64', should be a valid integer$"),
