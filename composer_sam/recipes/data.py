@@ -124,7 +124,8 @@ def build_data(section: DataSection, seed: int, pin_memory: bool = False) -> Dat
         raise RecipeError(f'data.batch_size: {section.batch_size} is more than the {len(train)} training images')
 
     channels, height, width = test[0][0].shape
-    eval_batch_size = section.eval_batch_size or section.batch_size
+    # Composer warns of a batch that is smaller than what the loader was made for.
+    eval_batch_size = min(section.eval_batch_size or section.batch_size, len(test))
 
     def loader(images: Images, batch_size: int, training: bool) -> DataLoader:
         return DataLoader(
