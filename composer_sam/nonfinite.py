@@ -35,7 +35,9 @@ class NonFinite:
 
     def see(self, loss: Any, index: int) -> None:
         """Note the loss of a pass, and report it if it is not finite and needs no waiting for the device."""
-        self._loss = loss
+        if self.skips:
+            # Without its graph, which would outlive the step.
+            self._loss = loss.detach() if isinstance(loss, Tensor) else loss
         if not self.skips and _known(loss) and not math.isfinite(loss):
             self._report(index, f'the loss is {float(loss)}', 'The base optimizer steps with its gradient')
 

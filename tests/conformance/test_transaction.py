@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -158,7 +161,6 @@ def test_exchange_and_copy_give_the_same_bits(name: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize('name', METHODS)
 def test_nothing_is_held_between_steps(name: str) -> None:
     """Beyond the base optimizer: the direction in .grad, as a plain step leaves its gradient, and nothing else."""
-    import gc
 
     def held(optimizer: torch.optim.Optimizer, model: nn.Module) -> int:
         gc.collect()
@@ -173,6 +175,40 @@ def test_nothing_is_held_between_steps(name: str) -> None:
     optimizer.step(Closure(model, batch, graph=needs_graph(name)))
     optimizer.zero_grad()
     assert held(optimizer, model) - before < 10_000  # a copy of the parameters would be 365 kB
+
+
+class _Marked(torch.autograd.Function):
+    """The identity; its node in the graph carries a mark that lives as long as the graph does."""
+
+    marks: ClassVar[list[weakref.ref[Any]]] = []
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.mark = nn.Identity()
+        _Marked.marks.append(weakref.ref(ctx.mark))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0]
+
+
+@pytest.mark.parametrize('policy', ['propagate', 'skip'])
+@pytest.mark.parametrize('name', sorted(registry))
+def test_no_pass_outlives_its_step(name: str, policy: str) -> None:
+    """A loss that is kept keeps its graph, and one that can be differentiated again the whole network's activations."""
+    _Marked.marks.clear()
+    model = nn.Sequential(nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 4))
+    model[1].register_forward_hook(lambda module, inputs, output: _Marked.apply(output))
+    optimizer = SharpnessAwareOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), registry[name](on_nonfinite=policy), model
+    )
+    batch = (torch.randn(8, 9), torch.randint(4, (8,)))
+    optimizer.step(Closure(model, batch, graph=needs_graph(name)))
+    optimizer.zero_grad()
+    gc.collect()
+    assert len(_Marked.marks) == optimizer.method.passes
+    assert [mark() for mark in _Marked.marks] == [None] * len(_Marked.marks)
 
 
 class _Counting(nn.Module):

@@ -106,7 +106,8 @@ def test_validation_images_are_training_images_with_their_noise_and_others_for_a
     assert (len(train), len(held_out)) == (1347 - 337, 337)
 
     def pairs(images: Images) -> list[tuple[bytes, int]]:
-        return sorted((image.numpy().tobytes(), int(label)) for image, label in zip(images.images, images.labels, strict=True))
+        both = zip(images.images, images.labels, strict=True)
+        return sorted((image.numpy().tobytes(), int(label)) for image, label in both)
 
     assert pairs(whole) == sorted(pairs(train) + pairs(held_out))
     assert pairs(held_out) == pairs(build_data(digits(label_noise=0.4, validation_fraction=0.25), seed=3).test.dataset)
