@@ -28,7 +28,7 @@ from benchmarks.memory import NOTE as MEMORY_NOTE
 from benchmarks.memory import memory_rows
 from benchmarks.optimizer_overhead import COLUMNS as OVERHEAD_COLUMNS
 from benchmarks.optimizer_overhead import NOTE as OVERHEAD_NOTE
-from benchmarks.optimizer_overhead import overhead_rows
+from benchmarks.optimizer_overhead import overhead_rows, torchvision_model
 from benchmarks.report import Report, Table
 from benchmarks.workloads import Batches, Clock, make_trainer, network
 from composer_sam import SAM
@@ -116,12 +116,13 @@ def step_time(options: argparse.Namespace, device: torch.device) -> Table:
 
 def overhead(options: argparse.Namespace, device: torch.device) -> Table:
     """(c) The optimizer's side alone, with both ways of moving the weights."""
-    table = Table('Optimizer-side cost of a step', OVERHEAD_COLUMNS, note=OVERHEAD_NOTE)
+    table = Table('Optimizer-side cost of a step', ('model', *OVERHEAD_COLUMNS), note=OVERHEAD_NOTE)
     on_gpu = device.type == 'cuda'
     for model in ('resnet18', 'vit_b_16') if on_gpu else ('resnet18',):
         for base in ('SGD', 'AdamW') if on_gpu else ('SGD',):
-            for row in overhead_rows(model, base, ['SAM'], ['default', 'copy', 'exchange'], device, 4 * options.rounds):
-                table.add(*row)
+            net = torchvision_model(model).to(device)
+            for row in overhead_rows(net, base, ['SAM'], ['default', 'copy', 'exchange'], device, 4 * options.rounds):
+                table.add(model, *row)
     return table
 
 

@@ -1,83 +1,107 @@
-"""Memory a sharpness-aware step holds between steps and adds at its peak, against Composer's own SAM.
+"""Memory a sharpness-aware step holds between steps and adds at its peak: every method, and other packages' wrappers.
 
 On the CPU the profiler records every allocation and release of torch's allocator, temporaries inside operators
 included, from before the model is made; on CUDA the caching allocator keeps the peak itself. Both are exact. A pass
-here is a backward that allocates the gradients and nothing else, so the figures are the step's own.
+here is a backward that allocates the gradients and nothing else, so the figures are the step's own. What each rule
+needs is derived in ``benchmarks/optimizer_variants.py``.
 
     python -m benchmarks.memory
+    python -m benchmarks.memory --models resnet18 --base SGD --placements default copy
     python -m benchmarks.memory --methods SAM --device cuda
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torchvision
-from composer.algorithms.sam import SAMOptimizer
-from torch import nn
-from torch.optim import Optimizer
 
+from benchmarks.optimizer_variants import (
+    COMPOSER,
+    METHODS,
+    NEEDS,
+    PEERS,
+    Wrap,
+    available_peers,
+    curved_closure,
+    hessian_by_hand,
+    ours,
+    passes_by_hand,
+    twice,
+)
 from benchmarks.report import Report, Table
-from benchmarks.workloads import BASES, forced_placement, gradient_closure, measurable_methods
-from composer_sam import SharpnessAwareOptimizer, registry
+from benchmarks.workloads import BASES, gradient_closure
 
-__all__ = ['COLUMNS', 'memory_rows']
+__all__ = ['COLUMNS', 'NOTE', 'memory_rows']
 
-COLUMNS = ('model', 'base', 'variant', 'held between steps', 'at the peak', 'stated by the method')
-NOTE = 'In copies of the parameters, beyond the base optimizer with the same closure.'
-_STEPS = 3
+COLUMNS = ('model', 'base', 'variant', 'held between steps', 'at the peak', 'stated', 'needed by the rule')
+NOTE = (
+    'In copies of the parameters, beyond the base optimizer with the same closure. Stated: by the method, an upper '
+    'bound (extra_copies). Needed by the rule: at the peak, with the least we know a way for. A method that '
+    "differentiates twice is measured beyond a base step whose backward keeps its graph; 'beyond its double backward': "
+    "beyond one that also takes the Hessian's product with a vector, two copies, and drops it."
+)
+_STEPS = 2  # the first makes the base optimizer's state and the peers' own
 
 
 def memory_rows(
-    model: str, base: str, methods: Sequence[str], placements: Sequence[str], device: torch.device
+    model: str,
+    base: str,
+    methods: Sequence[str],
+    placements: Sequence[str],
+    device: torch.device,
+    peers: Sequence[str] = (COMPOSER,),
 ) -> list[tuple[Any, ...]]:
     """The rows of the report for one model and one base optimizer."""
-
-    def ours(method: str, placement: str) -> Callable[[Optimizer, nn.Module], Callable[[Any], object]]:
-        def wrap(optimizer: Optimizer, net: nn.Module) -> Callable[[Any], object]:
-            wrapped = SharpnessAwareOptimizer(optimizer, registry[method](), net)
-
-            def step(closure: Any) -> None:
-                with forced_placement(placement):
-                    wrapped.step(closure)
-
-            return step
-
-        return wrap
-
-    held, peak, copy = _measured(model, base, lambda optimizer, _: optimizer.step, device)
+    floors: dict[Any, tuple[int, int, int]] = {}
     rows: list[tuple[Any, ...]] = []
-    variants: dict[str, tuple[Any, Any]] = {"Composer's SAM": (lambda opt, _: SAMOptimizer(opt, rho=0.05).step, '')}
+
+    def add(label: str, wrap: Wrap, stated: Any, needed: Any, floor: Wrap, curved: bool = False) -> None:
+        if (key := (floor, curved)) not in floors:
+            floors[key] = _measured(model, base, floor, device, curved)
+        held, peak, copy = floors[key]
+        own_held, own_peak, _ = _measured(model, base, wrap, device, curved)
+        rows.append((model, base, label, (own_held - held) / copy, (own_peak - peak) / copy, stated, needed))
+
+    plain = passes_by_hand(1)
+    for name in peers:
+        add(name, PEERS[name].wrap, '', NEEDS[PEERS[name].rule].copies, plain)
     for method in methods:
+        needed = NEEDS[method].copies if method in NEEDS else ''
+        stated, curved = METHODS[method]().extra_copies, twice(method)
         for placement in placements:
             label = method if placement == 'default' else f'{method}, {placement}'
-            variants[label] = ours(method, placement), registry[method].extra_copies
-    for label, (wrap, stated) in variants.items():
-        own_held, own_peak, _ = _measured(model, base, wrap, device)
-        rows.append((model, base, label, (own_held - held) / copy, (own_peak - peak) / copy, stated))
+            add(label, ours(method, placement), stated, needed, plain, curved)
+            if curved:
+                add(f'{label}, beyond its double backward', ours(method, placement), '', 0, hessian_by_hand, curved)
     return rows
 
 
-def _measured(model: str, base: str, wrap: Any, device: torch.device) -> tuple[int, int, int]:
+def _measured(model: str, base: str, wrap: Wrap, device: torch.device, curved: bool) -> tuple[int, int, int]:
     """Bytes held after a step, bytes at its peak, and the parameters' bytes."""
     gc.collect()
 
     def run(mark: Callable[[str], Any]) -> int:
         with mark('build'):
-            net = torchvision.models.get_model(model, weights=None).to(device)
+            with torch.device('meta'):
+                net = torchvision.models.get_model(model, weights=None)
+            net.to_empty(device=device)  # what the weights are makes no difference, and drawing them takes seconds
+            for tensor in (*net.parameters(), *net.buffers()):
+                tensor.detach().fill_(1)
             parameters = list(net.parameters())
-            optimizer = BASES[base](parameters)
-            closure = gradient_closure(parameters, optimizer)
-            step = wrap(optimizer, net)
+            idle = BASES[base](parameters)  # for the closure, which zeroes gradients
+            closure = curved_closure(parameters, idle) if curved else gradient_closure(parameters, idle)
+            step = wrap(net, BASES[base])
         for index in range(_STEPS):
             with mark(f'step {index}'):
                 step(closure)
             with mark(f'between {index}'):
-                optimizer.zero_grad(set_to_none=True)
+                net.zero_grad(set_to_none=True)
         return sum(p.numel() * p.element_size() for p in parameters)
 
     if device.type == 'cuda':
@@ -111,10 +135,10 @@ def _on_cuda(run: Callable[[Callable[[str], Any]], int], device: torch.device) -
 
 
 def _on_cpu(run: Callable[[Callable[[str], Any]], int]) -> tuple[int, int, int]:
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+    # Not torch.profiler.profile: it reads all events into Python objects, which takes longer than the steps.
+    with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profile:
         copy = run(torch.profiler.record_function)
-    recorded: Any = profile.profiler
+    recorded: Any = profile
     events = recorded.kineto_results.events()
     spans = {e.name(): (e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() in _marks()}
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == '[memory]')
@@ -136,21 +160,22 @@ def _marks() -> set[str]:
 
 
 def main() -> None:
-    measurable = measurable_methods()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--models', nargs='+', default=['resnet18', 'vit_b_16'], help='names of torchvision models')
-    parser.add_argument('--methods', nargs='+', default=measurable, choices=measurable)
-    parser.add_argument('--base', nargs='+', default=['SGD'], choices=sorted(BASES))
-    parser.add_argument('--placements', nargs='+', default=['default', 'copy'], choices=['default', 'copy', 'exchange'])
+    parser.add_argument('--methods', nargs='+', default=list(METHODS), choices=list(METHODS))
+    parser.add_argument('--base', nargs='+', default=['SGD', 'AdamW'], choices=sorted(BASES))
+    parser.add_argument('--placements', nargs='+', default=['default'], choices=['default', 'copy', 'exchange'])
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--json', metavar='OUT', help='write the report here instead of benchmarks/results/')
     options = parser.parse_args()
+    device = torch.device(options.device)
 
     report = Report('memory', vars(options), options.json)
     table = Table('Memory beyond the base optimizer', COLUMNS, note=NOTE)
     for model in options.models:
         for base in options.base:
-            for row in memory_rows(model, base, options.methods, options.placements, torch.device(options.device)):
+            settings = (model, base, options.methods, options.placements, device, available_peers())
+            for row in report.case(f'{model}, {base}', functools.partial(memory_rows, *settings)):
                 table.add(*row)
     report.add(table)
     report.write()

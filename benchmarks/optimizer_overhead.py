@@ -1,162 +1,250 @@
-"""Time of a sharpness-aware step beyond its passes and the base step, against Composer's own SAM.
+"""Time of a sharpness-aware step beyond its passes and the base step: by number and size of tensors, and on models.
 
-The floor is what no implementation can avoid: as many passes as the method asks for, then ``base.step()``. A pass here
-is a real backward that allocates every gradient anew, as autograd does, and costs nothing else. All variants run
-interleaved in one process, each on a model of its own; what counts is the median of the differences to the floor of
-the same round.
+Every method of ours and other packages' wrappers of the same rules, against two floors measured in the same rounds:
+
+- *passes by hand*: as many passes as the method asks for, or its double backward, then ``base.step()``. A pass is a
+  real backward that allocates every gradient anew, as autograd does, and costs nothing else. What counts is the median
+  of the differences to this floor in the same round.
+- *memory*: the reads and writes a rule cannot do without (derived in ``benchmarks/optimizer_variants.py``) at the
+  bandwidth that a multi-tensor copy or add of the same tensors attained.
+
+A case is measured in a process of its own, its variants interleaved, all on the same parameters and the same state of
+the base optimizer: weights come back, every pass has the same gradient, and lr is 1e-6. Freed memory matters: the C
+library gives some of it back to the system, which then has to supply it again, a page fault for every 4 KiB. So the
+models are measured twice, with its ``default`` settings and with ones under which it ``keeps`` what was freed
+(MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ at 4000000000); the synthetic tensors only with the latter.
 
     python -m benchmarks.optimizer_overhead
-    python -m benchmarks.optimizer_overhead --models resnet18 --base AdamW --breakdown
+    python -m benchmarks.optimizer_overhead --sizes 100x1e6 --models
+    python -m benchmarks.optimizer_overhead --sizes --models resnet18 --methods SAM --base AdamW --breakdown
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import inspect
+import multiprocessing
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torchvision
-from composer.algorithms.sam import SAMOptimizer
 from torch import nn
+from torch.optim import Optimizer
 
-from benchmarks.measure import Samples, interleaved, median, spread
+from benchmarks.measure import interleaved, median, spread
+from benchmarks.optimizer_variants import (
+    COMPOSER,
+    METHODS,
+    NEEDS,
+    PEERS,
+    Wrap,
+    available_peers,
+    curved_closure,
+    hessian_by_hand,
+    ours,
+    passes_by_hand,
+    twice,
+)
 from benchmarks.report import Report, Table
-from benchmarks.workloads import BASES, forced_placement, gradient_closure, measurable_methods
-from composer_sam import SharpnessAwareOptimizer, registry
-from composer_sam.controls import BufferControl, RandomControl
+from benchmarks.workloads import BASES, gradient_closure
+from composer_sam.controls import AttributeControl, BufferControl, RandomControl
 from composer_sam.placement import Placement
 from composer_sam.step import Step
 
-__all__ = ['COLUMNS', 'overhead_rows']
+__all__ = ['COLUMNS', 'NOTE', 'overhead_rows', 'torchvision_model']
 
 COLUMNS = (
-    'model',
     'base',
     'variant',
-    'step ms',
+    'rounds',
+    'µs per step',
+    'µs beyond the passes',
     '±',
-    'beyond floor ms',
-    '±',
-    'host ms',
-    'page faults',
-    'x copy of the parameters',
+    'reads and writes',
+    'µs memory floor',
+    'x memory floor',
+    'GB/s',
     "x Composer's SAM",
+    'x fastest peer',
+    'host µs',
+    'page faults',
 )
 NOTE = (
-    'Floor: the passes and base.step(). Beyond floor: median over rounds of the difference to the floor of the same '
-    'round; ± is half the interquartile range. x copy: in units of one copy of the parameters into memory that is '
-    'there. Host: until the call returned, the device not drained.'
+    'Beyond the passes: median over rounds of the difference to the floor of the same round; ± is half the '
+    'interquartile range. Reads and writes: how often the rule has to touch an element for every parameter beyond its '
+    'passes and the base step; memory floor: as many at the bandwidth of the multi-tensor copy or add, whichever was '
+    "faster. Fastest peer: another package's wrapper of the same rule. Host: until the call returned, the device not "
+    "drained. ASAM has no peer (pytorch_optimizer's adaptive SAM takes |w| for every tensor, without eta), nor have "
+    'GAM, SAMDirection, SAMMagnitude and SGDHess.'
 )
-Variants = dict[str, Callable[[], object]]
+SIZES = (
+    *('10x1e4', '10x1e6', '10x1e7'),
+    *('100x1e4', '100x1e6', '100x1e7', '100x1e8'),
+    *('500x1e6', '500x1e7'),
+    *('2000x1e4', '2000x1e6', '2000x1e7'),
+)
+_KEEP = {'MALLOC_TRIM_THRESHOLD_': '4000000000', 'MALLOC_MMAP_THRESHOLD_': '4000000000'}
+ALLOCATORS = {'default': {}, 'keeps': _KEEP}
+_FEWEST = 7
+_COPY, _ADD = 'multi-tensor copy', 'multi-tensor add'
+_MOVED = {_COPY: 2, _ADD: 3}  # reads and writes
 
 
 def overhead_rows(
-    model: str,
+    net: nn.Module,
     base: str,
     methods: Sequence[str],
     placements: Sequence[str],
     device: torch.device,
     rounds: int,
+    seconds: float = float('inf'),
+    peers: Sequence[str] = (COMPOSER,),
 ) -> list[tuple[Any, ...]]:
-    """The rows of the report for one model and one base optimizer."""
-    passes = {name: registry[name]().passes for name in methods}
-    variants: Variants = {
-        f'floor, {count} passes': _floor(model, base, count, device) for count in {2, *passes.values()}
-    }
-    variants['copy'] = _copy(model, device)
-    variants["Composer's SAM"] = _composer(model, base, device)
-    floors = {"Composer's SAM": 'floor, 2 passes'}
+    """The rows of the report for one module and one base optimizer, from as many ``rounds``, or from fewer, but at
+    least 7, where they would take longer than ``seconds``."""
+    steps, floors, rules = _variants(net, base, methods, placements, peers)
+    tried = interleaved(steps, 1, device, warmup=1)
+    lasts = sum(own.seconds[0] for own in tried.values())
+    rounds = min(rounds, max(_FEWEST, int(min(rounds, seconds / lasts))))
+    samples = interleaved(steps, rounds, device, warmup=0)
+
+    nbytes = sum(p.numel() * p.element_size() for p in net.parameters())
+    touch = min(median(samples[name].seconds) / count for name, count in _MOVED.items())  # of every parameter, once
+    beyond = {label: samples[label].beyond(samples[floor]) for label, floor in floors.items()}
+    cost = {label: median(own) for label, own in beyond.items()}
+
+    def row(label: str) -> tuple[Any, ...]:
+        own, rule = samples[label], rules.get(label, label)
+        count = _MOVED.get(rule) or (NEEDS[rule].accesses if rule in NEEDS else None)
+        figures: list[Any] = [1e6 * median(own.seconds)]
+        figures += [1e6 * cost[label], 1e6 * spread(beyond[label])] if label in floors else ['', '']
+        if count is None:
+            figures += ['', '', '', '']
+        else:
+            took = cost.get(label, median(own.seconds))
+            figures += [count, 1e6 * count * touch, took / (count * touch), 1e-9 * count * nbytes / took]
+        figures.append(cost[label] / cost[COMPOSER] if label in floors and COMPOSER in cost else '')
+        rivals = [cost[peer] for peer in peers if PEERS[peer].rule == rule]
+        figures.append(cost[label] / min(rivals) if rivals and label not in peers else '')
+        return base, label, rounds, *figures, 1e6 * median(own.host), int(median(own.faults))
+
+    return [row(label) for label in samples]
+
+
+def _variants(
+    net: nn.Module, base: str, methods: Sequence[str], placements: Sequence[str], peers: Sequence[str]
+) -> tuple[dict[str, Callable[[], object]], dict[str, str], dict[str, str]]:
+    """Every variant's step by its name, and for those that have them the names of floor and rule."""
+    parameters = list(net.parameters())
+    first = BASES[base](parameters)
+    plain = gradient_closure(parameters, first)
+    plain()
+    first.step()
+
+    def make_base(groups: Any, **options: Any) -> Optimizer:
+        """A base optimizer with the state of the first one: the same memory for all is small, and equally cached."""
+        optimizer = BASES[base](groups, **options)
+        for parameter in parameters:
+            optimizer.state[parameter].update(first.state[parameter])
+        return optimizer
+
+    steps: dict[str, Callable[[], object]] = {}
+    floors: dict[str, str] = {}
+    rules: dict[str, str] = {}
+    curved = curved_closure(parameters, first) if any(map(twice, methods)) else None
+
+    def add(label: str, wrap: Wrap, closure: Any = plain) -> None:
+        steps[label] = functools.partial(wrap(net, make_base), closure)
+
+    targets = [torch.zeros_like(p, requires_grad=False) for p in parameters]
+    sources = [p.detach() for p in parameters]
+    steps[_COPY] = lambda: torch._foreach_copy_(targets, sources)
+    steps[_ADD] = lambda: torch._foreach_add_(targets, sources)
+    for count in sorted({2, *(METHODS[name]().passes for name in methods if not twice(name))}):
+        add(f'floor, {count} passes', passes_by_hand(count))
+    if curved is not None:
+        add('floor, double backward', hessian_by_hand, curved)
+    for name in peers:
+        add(name, PEERS[name].wrap)
+        floors[name], rules[name] = 'floor, 2 passes', PEERS[name].rule
     for name in methods:
         for placement in placements:
             label = name if placement == 'default' else f'{name}, {placement}'
-            variants[label] = _ours(model, base, name, placement, device)
-            floors[label] = f'floor, {passes[name]} passes'
-    samples = interleaved(variants, rounds, device)
-    composer = samples["Composer's SAM"].beyond(samples[floors["Composer's SAM"]])
-    copied = median(samples.pop('copy').seconds)
-    return [
-        (model, base, name, *_figures(own, samples.get(floors.get(name, '')), copied, median(composer)))
-        for name, own in samples.items()
-    ]
+            add(label, ours(name, placement), curved if twice(name) else plain)
+            rules[label] = name
+            floors[label] = 'floor, double backward' if twice(name) else f'floor, {METHODS[name]().passes} passes'
+    return steps, floors, rules
 
 
-def _figures(own: Samples, floor: Samples | None, copied: float, composer: float) -> tuple[Any, ...]:
-    step = (1e3 * median(own.seconds), 1e3 * spread(own.seconds))
-    host, faults = 1e3 * median(own.host), int(median(own.faults))
-    if floor is None:
-        return *step, '', '', host, faults, '', ''
-    beyond = own.beyond(floor)
-    cost = median(beyond)
-    return *step, 1e3 * cost, 1e3 * spread(beyond), host, faults, cost / copied, cost / composer
+class _Tensors(nn.Module):
+    """Equal tensors, so many parameters in all; their names make ASAM scale every one."""
+
+    def __init__(self, tensors: int, parameters: int):
+        super().__init__()
+        for index in range(tensors):
+            self.register_parameter(f'weight{index}', nn.Parameter(torch.randn(parameters // tensors)))
 
 
-def _built(
-    model: str, base: str, device: torch.device
-) -> tuple[nn.Module, torch.optim.Optimizer, Sequence[torch.Tensor]]:
+def torchvision_model(name: str) -> nn.Module:
     torch.manual_seed(0)
-    net = torchvision.models.get_model(model, weights=None).to(device)
+    return torchvision.models.get_model(name, weights=None)
+
+
+def _size(text: str) -> tuple[int, int]:
+    tensors, parameters = (int(float(part)) for part in text.split('x'))
+    if not 0 < tensors <= parameters:
+        raise argparse.ArgumentTypeError(f'{text}: TENSORSxPARAMETERS, at least one parameter in each tensor')
+    return tensors, parameters
+
+
+def _measured(case: str | tuple[int, int], base: str, settings: argparse.Namespace) -> list[tuple[Any, ...]]:
+    """One case, in the process that is to measure it."""
+    torch.set_num_threads(settings.threads)
+    device = torch.device(settings.device)
+    net = (torchvision_model(case) if isinstance(case, str) else _Tensors(*case)).to(device)
+    placements = settings.placements if isinstance(case, str) else ['default']
+    limits = (settings.rounds, settings.seconds)
+    return overhead_rows(net, base, settings.methods, placements, device, *limits, available_peers())
+
+
+def _broken_down(case: str, base: str, settings: argparse.Namespace) -> list[tuple[Any, ...]]:
+    """Median time inside each of the engine's functions, a part's time inside another one not counted twice; the
+    parts that make up at least one percent."""
+    torch.set_num_threads(settings.threads)
+    net = torchvision_model(case).to(settings.device)
     parameters = list(net.parameters())
-    return net, BASES[base](parameters), parameters
-
-
-def _floor(model: str, base: str, passes: int, device: torch.device) -> Callable[[], object]:
-    _, optimizer, parameters = _built(model, base, device)
-    closure = gradient_closure(parameters, optimizer)
-
-    def step() -> None:
-        for _ in range(passes):
-            closure()
-        optimizer.step()
-
-    return step
-
-
-def _copy(model: str, device: torch.device) -> Callable[[], object]:
-    parameters = [p.detach() for p in torchvision.models.get_model(model, weights=None).to(device).parameters()]
-    copies = [torch.zeros_like(p) for p in parameters]
-    return lambda: torch._foreach_copy_(copies, parameters)
-
-
-def _composer(model: str, base: str, device: torch.device) -> Callable[[], object]:
-    _, optimizer, parameters = _built(model, base, device)
-    wrapped = SAMOptimizer(optimizer, rho=0.05)
-    closure = gradient_closure(parameters, wrapped)
-    return lambda: wrapped.step(closure)
-
-
-def _ours(model: str, base: str, method: str, placement: str, device: torch.device) -> Callable[[], object]:
-    net, optimizer, parameters = _built(model, base, device)
-    wrapped = SharpnessAwareOptimizer(optimizer, registry[method](), net)
-    closure = gradient_closure(parameters, wrapped)
-
-    def step() -> None:
-        with forced_placement(placement):
-            wrapped.step(closure)
-
-    return step
+    rows = []
+    for method in settings.methods:
+        idle = BASES[base](parameters)
+        closure = curved_closure(parameters, idle) if twice(method) else gradient_closure(parameters, idle)
+        step = ours(method)(net, BASES[base])
+        step(closure)
+        collected: dict[str, list[float]] = defaultdict(list)
+        for _ in range(min(settings.rounds, 20)):
+            with _timed(spent := defaultdict(float)):
+                step(closure)
+            for part, seconds in spent.items():
+                collected[part].append(seconds)
+        parts = sorted(((median(own), part) for part, own in collected.items()), reverse=True)
+        least = sum(seconds for seconds, _ in parts) / 100
+        rows += [(case, base, method, part, 1e6 * seconds) for seconds, part in parts if seconds >= least]
+    return rows
 
 
 @contextmanager
 def _timed(spent: dict[str, float]) -> Iterator[None]:
-    """Add up the time inside the engine's parts, a part's time inside another one not counted twice."""
-    parts: list[tuple[Any, str, str]] = [
-        (Step, '__init__', 'making the step'),
-        (Step, '_advance', "the method's mathematics"),
-        (Step, '_take_gradient', 'taking the gradients'),
-        (Step, 'write_direction', 'handing over the direction'),
-        (Placement, 'place', 'placing w + e'),
-        (Placement, 'restore', 'restoring w'),
-        *((RandomControl, name, 'random streams') for name in ('__init__', 'first_pass_done', 'rewind', 'settle')),
-        *((BufferControl, name, 'module buffers') for name in ('__init__', 'first_pass_done', 'rewind', 'settle')),
-    ]
-    originals = [getattr(owner, name) for owner, name, _ in parts]
+    """Add up the time inside every function of the engine's classes; generators are left out, as others run in them."""
     inner = [0.0]
 
     def timing(function: Any, part: str) -> Any:
+        @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
             inner.append(0.0)
             begin = time.perf_counter()
@@ -169,59 +257,70 @@ def _timed(spent: dict[str, float]) -> Iterator[None]:
 
         return timed
 
-    for (owner, name, part), original in zip(parts, originals, strict=True):
-        setattr(owner, name, timing(original, part))
+    originals = [
+        (owner, name, function)
+        for owner in (Step, Placement, RandomControl, BufferControl, AttributeControl)
+        for name, function in vars(owner).items()
+        if inspect.isfunction(function) and not inspect.isgeneratorfunction(function)
+    ]
+    for owner, name, function in originals:
+        setattr(owner, name, timing(function, f'{owner.__name__}.{name}'))
     try:
         yield
     finally:
-        for (owner, name, _), original in zip(parts, originals, strict=True):
-            setattr(owner, name, original)
+        for owner, name, function in originals:
+            setattr(owner, name, function)
 
 
-def _breakdown(model: str, base: str, method: str, placement: str, device: torch.device, rounds: int) -> list[Any]:
-    step = _ours(model, base, method, placement, device)
-    step()
-    collected: dict[str, list[float]] = defaultdict(list)
-    for _ in range(rounds):
-        spent: dict[str, float] = defaultdict(float)
-        with _timed(spent):
-            step()
-        for part, seconds in spent.items():
-            collected[part].append(seconds)
-    return [(model, base, method, placement, part, 1e3 * median(own)) for part, own in collected.items()]
+def _apart(allocator: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's result in a fresh process, whose C library was told at its start what to do with freed memory."""
+    found = dict(os.environ)
+    for key in _KEEP:
+        os.environ.pop(key, None)
+    os.environ.update(ALLOCATORS[allocator])
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+            return pool.submit(function, *arguments).result()
+    finally:
+        os.environ.clear()
+        os.environ.update(found)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--models', nargs='+', default=['resnet18', 'vit_b_16'], help='names of torchvision models')
-    parser.add_argument('--methods', nargs='+', default=['SAM'], choices=measurable_methods())
+    parser.add_argument('--sizes', nargs='*', default=SIZES, type=_size, metavar='TENSORSxPARAMETERS')
+    parser.add_argument('--models', nargs='*', default=['resnet18', 'vit_b_16'], help='names of torchvision models')
+    parser.add_argument('--methods', nargs='+', default=list(METHODS), choices=list(METHODS))
     parser.add_argument('--base', nargs='+', default=['SGD'], choices=sorted(BASES))
-    parser.add_argument('--placements', nargs='+', default=['default', 'copy'], choices=['default', 'copy', 'exchange'])
+    parser.add_argument('--placements', nargs='+', default=['default'], choices=['default', 'copy', 'exchange'])
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
-    parser.add_argument('--repeats', type=int, default=30)
+    parser.add_argument('--rounds', type=int, default=100, help='at most, of each case')
+    parser.add_argument('--seconds', type=float, default=8, help='after which a case ends that has had 7 rounds')
     parser.add_argument('--breakdown', action='store_true', help='also show where the time goes inside the engine')
     parser.add_argument('--json', metavar='OUT', help='write the report here instead of benchmarks/results/')
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
 
     report = Report('optimizer_overhead', vars(options), options.json)
-    table = Table('Optimizer-side cost of a step', COLUMNS, note=NOTE)
-    for model in options.models:
-        for base in options.base:
-            for row in overhead_rows(model, base, options.methods, options.placements, device, options.repeats):
-                table.add(*row)
-    report.add(table)
-    if options.breakdown:
-        parts = Table('Where the time goes', ('model', 'base', 'method', 'placement', 'part', 'ms'))
+    sizes = Table('By number of tensors and of parameters', ('tensors', 'parameters', *COLUMNS), note=NOTE)
+    models = Table('Models', ('model', 'allocator', *COLUMNS), note=NOTE)
+    parts = Table('Where the time goes', ('model', 'base', 'method', 'part', 'µs'))
+    for base in options.base:
+        for tensors, parameters in options.sizes:
+            measure = functools.partial(_apart, 'keeps', _measured, (tensors, parameters), base, options)
+            for row in report.case(f'{tensors} tensors, {parameters:.0e} parameters, {base}', measure):
+                sizes.add(tensors, parameters, *row)
         for model in options.models:
-            for base in options.base:
-                for method in options.methods:
-                    for placement in options.placements:
-                        for row in _breakdown(model, base, method, placement, device, options.repeats):
-                            parts.add(*row)
-        report.add(parts)
+            for allocator in ALLOCATORS:
+                measure = functools.partial(_apart, allocator, _measured, model, base, options)
+                for row in report.case(f'{model}, {allocator}, {base}', measure):
+                    models.add(model, allocator, *row)
+            if options.breakdown:
+                for row in _apart('keeps', _broken_down, model, base, options):
+                    parts.add(*row)
+    for table in (sizes, models, parts):
+        if table.rows:
+            report.add(table)
     report.write()
 
 

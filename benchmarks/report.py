@@ -26,7 +26,7 @@ __all__ = ['RESULTS', 'WORK', 'Report', 'Table', 'code', 'environment']
 
 RESULTS = Path(__file__).resolve().parent / 'results'
 WORK = Path(__file__).resolve().parent / '.work'  # what is done so far, not committed
-_PACKAGES = ('torch', 'torchvision', 'mosaicml', 'numpy')
+_PACKAGES = ('torch', 'torchvision', 'mosaicml', 'pytorch_optimizer', 'numpy')
 
 
 @dataclass

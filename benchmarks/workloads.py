@@ -14,23 +14,24 @@ import torch
 import torchvision
 from composer import Callback, Logger, State, Trainer
 from composer.models import ComposerClassifier
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import composer_sam.placement
-from composer_sam import SharpnessAwareOptimizer, registry
 
 __all__ = [
     'BASES',
     'Batches',
     'Clock',
     'cifar_resnet18',
+    'digits_batches',
     'digits_mlp',
     'forced_placement',
     'gradient_closure',
     'make_trainer',
-    'measurable_methods',
     'network',
+    'small_vit',
 ]
 
 warnings.filterwarnings('ignore', message='SAM has known issues')
@@ -65,6 +66,13 @@ def digits_mlp() -> nn.Module:
     )
 
 
+def small_vit() -> nn.Module:
+    """A vision transformer for 32x32 images: 64 patches, 2.7 million parameters."""
+    return torchvision.models.VisionTransformer(
+        image_size=32, patch_size=4, num_layers=6, num_heads=3, hidden_dim=192, mlp_dim=768, num_classes=10
+    )
+
+
 class Batches(list):
     """Batches that lie ready on the device, so that loading costs nothing."""
 
@@ -74,6 +82,17 @@ class Batches(list):
             images = torch.randn(batch_size, *shape, generator=generator).to(device, **layout)
             self.append((images, torch.randint(10, (batch_size,), generator=generator).to(device)))
         self.batch_size = batch_size
+
+
+def digits_batches(batch_size: int, count: int) -> Batches:
+    """The first batches of scikit-learn's handwritten digits."""
+    images, labels = load_digits(return_X_y=True)
+    pixels = torch.as_tensor(images, dtype=torch.float32).div(16).reshape(-1, 1, 8, 8)
+    batches = Batches(batch_size, 0, (), torch.device('cpu'))
+    batches.extend(
+        zip(pixels.split(batch_size)[:count], torch.as_tensor(labels).split(batch_size)[:count], strict=True)
+    )
+    return batches
 
 
 class Clock(Callback):
@@ -168,19 +187,6 @@ def gradient_closure(parameters: Sequence[Tensor], optimizer: Optimizer) -> Call
         return loss  # pyright: ignore[reportReturnType]
 
     return closure
-
-
-def measurable_methods() -> list[str]:
-    """The registered methods that do with the closure above: not those that differentiate the gradient again, whose
-    cost lies in the model's second backward."""
-    names = []
-    for name, method in registry.items():
-        model = nn.Linear(1, 1)
-        optimizer = SharpnessAwareOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), method(), model)
-        with contextlib.suppress(ValueError):
-            optimizer.step(gradient_closure(list(model.parameters()), optimizer))
-            names.append(name)
-    return names
 
 
 @contextlib.contextmanager

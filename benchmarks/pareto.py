@@ -1,0 +1,104 @@
+"""Draws accuracy against relative cost, from the quality benchmark's report.
+
+python -m benchmarks.pareto
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.report import RESULTS
+
+__all__ = ['PICTURE', 'draw', 'front']
+
+PICTURE = Path(__file__).resolve().parents[1] / 'docs' / 'pareto.png'
+_COLOURS = {
+    'SGD': 'black', 'SAM': 'C0', 'ASAM': 'C1', 'WSAM': 'C2', 'GAM': 'C3',
+    'SAMDirection': 'C4', 'SAMMagnitude': 'C5', 'SGDHess': 'C7',
+}  # fmt: skip
+_KNOBS = {'fixed': 'interval 2, 5, 10, the same rho', 'scaled': 'interval 2, 5, 10, a larger rho'}
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (cost, accuracy) that no other one beats at no higher cost, by cost."""
+    best: list[tuple[float, float]] = []
+    for cost, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not best or accuracy > best[-1][1]:
+            best.append((cost, accuracy))
+    return best
+
+
+def draw(report: dict[str, Any]) -> Figure:
+    """A panel per task."""
+    table = next(t for t in report['tables'] if t['title'] == 'Accuracy at equal epochs and at equal compute')
+    rows = [dict(zip(table['columns'], row, strict=True)) for row in table['rows']]
+    tasks = list(dict.fromkeys(row['task'] for row in rows))
+    across = min(3, len(tasks))
+    down = -(-len(tasks) // across)
+    figure = Figure(figsize=(4.4 * across, 3.8 * down + 0.6), layout='constrained')
+    axes = figure.subplots(down, across, squeeze=False).flat
+    for axis, task in zip(axes, tasks, strict=False):
+        _panel(axis, task, [row for row in rows if row['task'] == task])
+    for axis in list(axes)[len(tasks) :]:
+        axis.remove()
+    drawn = [axis.get_legend_handles_labels() for axis in figure.axes]
+    entries = {label: handle for handles, labels in drawn for handle, label in zip(handles, labels, strict=True)}
+    figure.legend(list(entries.values()), list(entries), loc='outside lower center', ncols=5, fontsize=8, frameon=False)
+    return figure
+
+
+def _panel(axis: Axes, task: str, rows: Sequence[dict[str, Any]]) -> None:
+    axis.set_title(task, fontsize=9)
+    axis.set_xscale('log', base=2)
+    axis.set_xlabel('time of training / that of SGD')
+    axis.set_ylabel('test accuracy (%)')
+    axis.xaxis.set_major_formatter(lambda value, _: f'{value:g}x')
+    points = [(row['cost'], row['accuracy']) for row in rows]
+    reached = [*front(points), (max(cost for cost, _ in points), max(accuracy for _, accuracy in points))]
+    axis.step(
+        *zip(*reached, strict=True), where='post', color='0.8', linewidth=6, zorder=0, label='the best at its cost'
+    )
+    lines = {'SGD': [r for r in rows if r['method'] == 'SGD']}
+    sam = [r for r in rows if r['method'] == 'SAM' and not r['knob']]
+    for knob in _KNOBS:
+        if turned := [r for r in rows if r['knob'] == knob]:
+            lines[knob] = [*sam, *turned]
+    for name, own in lines.items():
+        own = sorted(own, key=lambda row: row['cost'])
+        style = {'SGD': '-', 'fixed': '--', 'scaled': ':'}[name]
+        colour = _COLOURS['SGD' if name == 'SGD' else 'SAM']
+        label = 'SGD for 1, 2, 4 times the epochs' if name == 'SGD' else f'SAM, {_KNOBS[name]}'
+        costs, accuracies = [row['cost'] for row in own], [row['accuracy'] for row in own]
+        axis.plot(costs, accuracies, style, color=colour, linewidth=1, label=label)
+    for row in rows:
+        plain = row['method'] == 'SGD' or row['knob']
+        axis.errorbar(
+            row['cost'],
+            row['accuracy'],
+            row['±'],
+            fmt='.' if plain else 'o',
+            color=_COLOURS[row['method']],
+            capsize=2,
+            linewidth=1,
+            label=None if plain else row['method'],
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--report', type=Path, default=RESULTS / 'quality.json')
+    parser.add_argument('--out', type=Path, default=PICTURE)
+    options = parser.parse_args()
+    draw(json.loads(options.report.read_text())).savefig(options.out, dpi=130)
+    print(f'written to {options.out}')
+
+
+if __name__ == '__main__':
+    main()

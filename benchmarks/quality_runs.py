@@ -1,0 +1,165 @@
+"""Trains what the quality benchmark compares: a task's candidates, seed by seed, side by side; keeps every run."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from composer_sam import registry
+from composer_sam.recipes import History, Recipe, build_trainer, load_recipe
+from composer_sam.runs import Report, share_cores, train_all, with_seed, write
+
+__all__ = ['Candidate', 'Outcome', 'Task', 'train']
+
+ROOT = Path(__file__).resolve().parents[1]
+VALIDATION = 0.2
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned.
+
+    Attributes:
+        name: of the task in tables.
+        recipe: the base recipe, plain SGD.
+        overrides: laid over it.
+        epochs: what every method trains for.
+        radii: by method, the arguments among which the validation split chooses, the smallest radius first.
+        intervals: whether the interval knob is turned too.
+    """
+
+    name: str
+    recipe: str
+    overrides: tuple[str, ...]
+    epochs: int
+    radii: Mapping[str, Sequence[Mapping[str, float]]]
+    intervals: bool = False
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method with its arguments, or the base optimizer alone, for so many times the task's epochs."""
+
+    method: str = 'SGD'
+    arguments: tuple[tuple[str, float], ...] = ()
+    longer: int = 1
+
+    @property
+    def name(self) -> str:
+        arguments = ', '.join(f'{key} {value:g}' for key, value in self.arguments)
+        longer = f'{self.longer} times the epochs' if self.longer > 1 else ''
+        return ', '.join(part for part in (self.method, arguments, longer) if part)
+
+    @property
+    def evaluations(self) -> float:
+        """Gradients per step, on average."""
+        if self.method == 'SGD':
+            return 1.0
+        build: Any = registry[self.method]
+        method = build(**dict(self.arguments))
+        return 1 + (method.passes - 1) / method.interval
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a candidate came to, a value per seed.
+
+    Attributes:
+        accuracy: on what was tested, in percent.
+        train_loss: mean of the last epoch.
+        milliseconds: per step, loading its batch included.
+        steps: of a run.
+    """
+
+    accuracy: list[float]
+    train_loss: list[float]
+    milliseconds: list[float]
+    steps: int
+
+
+def train(
+    task: Task, candidates: Sequence[Candidate], seeds: int, folder: Path, validation: bool, jobs: int | None
+) -> dict[Candidate, Outcome]:
+    """Train every candidate with every seed, unless ``folder`` has the run's file already.
+
+    Args:
+        task: what is learned.
+        candidates: each trained ``seeds`` times; those given twice are trained once.
+        seeds: the recipe's own and those that follow it.
+        folder: where the runs' files are.
+        validation: test on a part of the training images, which then are not trained on.
+        jobs: runs side by side; one per core if None.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    candidates = list(dict.fromkeys(candidates))
+    recipes = {candidate: _recipe(task, candidate, validation) for candidate in candidates}
+    # Seed by seed, and so that what runs side by side slows all candidates alike.
+    runs = [with_seed(recipes[c], recipes[c].seed + offset) for offset in range(seeds) for c in candidates]
+    files = {str(run.run_name): folder / _file(task, run) for run in runs}
+    missing = [run for run in runs if not files[str(run.run_name)].exists()]
+    jobs, threads = share_cores(runs, jobs)
+    if missing:
+        train_all(missing, functools.partial(_train, files=files), _receive, jobs, threads)
+    found = {name: json.loads(file.read_text()) for name, file in files.items()}
+    outcomes = {}
+    for candidate in candidates:
+        own = [found[f'{candidate.name}-seed{recipes[candidate].seed + offset}'] for offset in range(seeds)]
+        outcomes[candidate] = Outcome(
+            [run['accuracy'] for run in own],
+            [run['train_loss'] for run in own],
+            [run['milliseconds'] for run in own],
+            own[0]['steps'],
+        )
+    return outcomes
+
+
+def _recipe(task: Task, candidate: Candidate, validation: bool) -> Recipe:
+    epochs = task.epochs * candidate.longer
+    overrides = [
+        *task.overrides,
+        f'name="{candidate.name}"',
+        f'max_duration={epochs}ep',
+        f'eval_interval={epochs}ep',
+        f'data.validation_fraction={VALIDATION if validation else 0.0}',
+    ]
+    if candidate.method != 'SGD':
+        overrides += [f'algorithms.{candidate.method.lower()}.{name}={value}' for name, value in candidate.arguments]
+    return load_recipe(ROOT / task.recipe, (), overrides)
+
+
+def _file(task: Task, run: Recipe) -> str:
+    """A name of its own for everything a result follows from."""
+    said = json.dumps(run.model_dump(), sort_keys=True, default=str)
+    name = re.sub(r'[^\w.=+-]+', '-', f'{task.name}-{run.run_name}')
+    return f'{name}-{hashlib.sha256(said.encode()).hexdigest()[:8]}.json'
+
+
+def _train(recipe: Recipe, report: Report, files: Mapping[str, Path]) -> dict[str, Any]:
+    history = History()
+    trainer = build_trainer(recipe, [history, report])
+    try:
+        trainer.fit()
+    finally:
+        trainer.close()
+    loss = history.train['loss'][-1]
+    found = {
+        'run': recipe.run_name,
+        'accuracy': 100 * history.test['accuracy'][-1],
+        'train_loss': loss if math.isfinite(loss) else None,
+        'milliseconds': 1e3 * history.seconds_per_step,
+        'steps': history.steps,
+    }
+    write(files[str(recipe.run_name)], json.dumps(found, indent=1).encode())
+    return found
+
+
+def _receive(recipe: Recipe, result: Any) -> None:
+    if isinstance(result, Exception):
+        raise RuntimeError(f'{recipe.run_name} failed') from result

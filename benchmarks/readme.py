@@ -1,0 +1,255 @@
+"""Writes the figures of README and docs from the committed reports, between marks such as
+
+    <!-- figures: costs -->
+    <!-- end of figures -->
+
+so that no figure is typed by hand. A test holds the files to what this would write.
+
+    python -m benchmarks.readme
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import RESULTS
+
+__all__ = ['FILES', 'filled', 'main']
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = (ROOT / 'README.md', ROOT / 'docs' / 'choosing.md')
+_MARKED = re.compile(r'(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)', re.DOTALL)
+MODELS = {'resnet18': 'CIFAR ResNet-18', 'vit': 'small ViT', 'mlp': 'digits MLP'}
+
+Row = dict[str, Any]
+
+
+class Figures:
+    """A report's tables, asked by title and by what their columns hold."""
+
+    def __init__(self, name: str):
+        self._name = name
+        self._tables = json.loads((RESULTS / f'{name}.json').read_text())['tables']
+
+    def rows(self, title: str, **wanted: Any) -> list[Row]:
+        """The rows whose columns hold what is wanted."""
+        table = next((t for t in self._tables if t['title'] == title), None)
+        if table is None:
+            raise KeyError(f'the report {self._name} has no table {title!r}')
+        rows = [dict(zip(table['columns'], row, strict=True)) for row in table['rows']]
+        return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+    def row(self, title: str, **wanted: Any) -> Row:
+        """The one row there is."""
+        (found,) = self.rows(title, **wanted)
+        return found
+
+
+def link(name: str, prefix: str) -> str:
+    return f'[{name}]({prefix}benchmarks/results/{name}.md)'
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ['---'] * len(columns), *rows]
+    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+
+
+def costs() -> str:
+    """README: what a step, its memory and its traffic cost, beside the others."""
+    rows = [*_steps(), *_optimizer_side(), *_memory(), *_traffic(), *_curvature(), *_gpu()]
+    return table(('what', 'composer_sam', 'beside it', 'report'), rows)
+
+
+def worth() -> str:
+    """README: what it brings."""
+    rows = []
+    for row in _tested():
+        if row['method'] != 'SAM' or row['knob']:
+            continue
+        plain = _plain(row['task'])
+        rows.append(
+            (
+                row['task'],
+                _accuracy(plain),
+                f'{_accuracy(row)} ({row["variant"].removeprefix("SAM, ")})',
+                f'{row["cost"]:.2f}x',
+                _gain(row, 'gain at equal epochs', '± 95%'),
+                _gain(row, 'gain at equal compute', '± 95% there'),
+            )
+        )
+    columns = ('task', 'SGD', 'SAM', 'cost', 'gain at equal epochs', 'gain at equal compute')
+    return table(columns, rows)
+
+
+def accuracies() -> str:
+    """docs/choosing.md: every method on every task."""
+    rows = []
+    for row in _tested():
+        if not row['knob']:
+            rows.append(
+                (
+                    *(row['task'], row['variant'], _accuracy(row), f'{row["cost"]:.2f}x'),
+                    *(_gain(row, 'gain at equal epochs', '± 95%'), _gain(row, 'gain at equal compute', '± 95% there')),
+                )
+            )
+    return table(('task', 'variant', 'accuracy', 'cost', 'gain at equal epochs', 'gain at equal compute'), rows)
+
+
+def intervals() -> str:
+    """docs/choosing.md: what the interval knob gives away and saves."""
+    rows = []
+    for row in _tested():
+        turned = any(r['knob'] for r in _tested() if r['task'] == row['task'])
+        if turned and row['method'] == 'SAM':
+            gain = _gain(row, 'gain at equal epochs', '± 95%')
+            rows.append((row['task'], row['variant'], row['knob'] or '-', f'{row["cost"]:.2f}x', _accuracy(row), gain))
+    return table(('task', 'variant', 'rho', 'cost', 'accuracy', 'gain at equal epochs'), rows)
+
+
+def radii() -> str:
+    """docs/choosing.md: what the validation split chose."""
+    found = Figures('quality').rows('Chosen on a validation split', chosen=True)
+    return table(
+        ('task', 'chosen', 'accuracy there'), [(r['task'], r['candidate'], f'{r["accuracy"]:.1f} %') for r in found]
+    )
+
+
+def _steps() -> Iterator[Sequence[str]]:
+    figures, report = Figures('step_time'), link('step_time', '')
+    through, plain = "Whole steps through Composer's Trainer", 'Whole steps in a plain loop'
+
+    def ratio(row: Row) -> str:
+        return f'{row["x base"]:.2f}x ± {row["± x"]:.2f}'
+
+    def line(what: str, row: Row, beside: str) -> Sequence[str]:
+        return f'{what} (limit {row["limit"]:.2f}x the base step)', ratio(row), beside, report
+
+    settings = {'trainer': 'one process', 'compile': 'torch.compile', 'ddp': 'two processes, DDP'}
+    for model, name in MODELS.items():
+        for setting, where in settings.items():
+            for interval in ('', ', interval 10'):
+                ours = figures.rows(through, model=model, setting=setting, variant=f'SAM{interval}')
+                theirs = figures.rows(through, model=model, setting=setting, variant=f"Composer's SAM{interval}")
+                # With an interval one row says it: the settings differ in the passes, not in their number.
+                if ours and not (interval and setting != 'trainer'):
+                    yield line(f'SAM{interval}, {name}, {where}', ours[0], f"Composer's SAM {ratio(theirs[0])}")
+        for method in ('WSAM', 'GAM'):
+            row = figures.row(through, model=model, setting='trainer', variant=method)
+            again = figures.row(through, model=model, setting='trainer', variant='base again')
+            yield line(f'{method}, {name}, one process', row, f'a second base run {ratio(again)}')
+        theirs = figures.row(plain, model=model, variant="pytorch_optimizer's SAM")
+        row = figures.row(plain, model=model, variant='SAM, two calls')
+        yield line(f'SAM in two calls, {name}, plain loop', row, f"pytorch_optimizer's SAM {ratio(theirs)}")
+
+
+def _optimizer_side() -> Iterator[Sequence[str]]:
+    figures = Figures('optimizer_overhead')
+    for model, name in {'resnet18': 'ResNet-18', 'vit_b_16': 'ViT-B/16'}.items():
+        found = {row['variant']: row for row in figures.rows('Models', model=model, allocator='default', base='SGD')}
+
+        def ms(variant: str, found: dict[str, Row] = found) -> str:
+            return f'{found[variant]["µs beyond the passes"] / 1e3:.1f} ms'
+
+        beside = ', '.join(f'{peer} {ms(peer)}' for peer in ("Composer's SAM", "pytorch_optimizer's SAM"))
+        floor = found['SAM']['x memory floor']
+        yield (
+            f'optimizer side of a SAM step, {name}',
+            f'{ms("SAM")}, {floor:.1f}x the memory floor',
+            beside,
+            link('optimizer_overhead', ''),
+        )
+
+
+def _memory() -> Iterator[Sequence[str]]:
+    rows = Figures('memory').rows('Memory beyond the base optimizer', model='resnet18', base='SGD')
+    found = {row['variant']: row for row in rows}
+
+    def copies(variant: str) -> str:
+        return f'{found[variant]["held between steps"]:.1f} / {found[variant]["at the peak"]:.1f}'
+
+    peers = [name for name in ("Composer's SAM", "pytorch_optimizer's SAM") if name in found]
+    for method in ('SAM', 'WSAM', 'GAM'):
+        beside = ', '.join(f'{peer} {copies(peer)}' for peer in peers) if method == 'SAM' else ''
+        what = f'memory of {method}, held between steps / at the peak, in copies of the parameters'
+        yield what, copies(method), beside, link('memory', '')
+
+
+def _traffic() -> Iterator[Sequence[str]]:
+    rows = Figures('scaling').rows('What a step asks of the ranks')
+    found = {row['variant']: row for row in rows}
+    yield (
+        'gradients averaged over ranks in a step under DDP',
+        ', '.join(f'{name} {_averaged(found[name]):g}' for name in ('SAM', 'GAM', 'WSAM')),
+        f'SGD {_averaged(found["SGD"]):g}',
+        link('scaling', ''),
+    )
+
+
+def _averaged(row: Row) -> float:
+    return row['averaged by DDP G'] + row['by the method M']
+
+
+def _curvature() -> Iterator[Sequence[str]]:
+    for row in Figures('diagnostics').rows('The largest eigenvalue of the Hessian'):
+        what = f'largest Hessian eigenvalue, {row["model"]}, {row["samples"]} samples'
+        beside = f'{row["x"]:.1f}x the peak memory of a training step'
+        yield what, f'{row["s in all"]:.0f} s', beside, link('diagnostics', '')
+
+
+def _gpu() -> Iterator[Sequence[str]]:
+    found = {
+        row['variant']: row for row in Figures('gpu-h200').rows("Step time through Composer's Trainer", batch=1024)
+    }
+    for interval in ('', ', interval 10'):
+        yield (
+            f'SAM{interval}, CIFAR ResNet-18, one H200, bf16, batch 1024; an earlier version',
+            f'{found[f"SAM{interval}"]["x base"]:.2f}x',
+            f"""Composer's SAM {found[f"Composer's SAM{interval}"]['x base']:.2f}x""",
+            link('gpu-h200', ''),
+        )
+
+
+def _tested() -> list[Row]:
+    return Figures('quality').rows('Accuracy at equal epochs and at equal compute')
+
+
+def _plain(task: str) -> Row:
+    return next(row for row in _tested() if row['task'] == task and row['variant'] == 'SGD')
+
+
+def _accuracy(row: Row) -> str:
+    return f'{row["accuracy"]:.1f} ± {row["±"]:.1f} %'
+
+
+def _gain(row: Row, gain: str, half: str) -> str:
+    return f'{row[gain]:+.1f} ± {row[half]:.1f}'
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    'costs': costs,
+    'worth': worth,
+    'accuracies': accuracies,
+    'intervals': intervals,
+    'radii': radii,
+}
+
+
+def filled(text: str) -> str:
+    """The text with the figures of today's reports between its marks."""
+    return _MARKED.sub(lambda found: f'{found[1]}{FIGURES[found[2]]()}{found[3]}', text)
+
+
+def main() -> None:
+    for file in FILES:
+        text = file.read_text()
+        if (new := filled(text)) != text:
+            file.write_text(new)
+            print(f'written to {file.relative_to(ROOT)}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,393 @@
+"""Whole steps: the base optimizer's, ours, and those of the SAMs there are besides.
+
+Through Composer's Trainer in three settings, and in a plain loop without it:
+
+- ``trainer``: one process.
+- ``compile``: one process, the model compiled by the Trainer with torch.compile's defaults.
+- ``ddp``: two processes of one thread each under DistributedDataParallel on gloo, each with half of every batch.
+- ``plain``: one process, a loop of one's own, against pytorch_optimizer.
+
+All variants of a model and a setting take their steps in turn in the same processes, in an order drawn anew every
+round, and a step is compared with the base step of its own round. With an interval of k what is compared is every
+stretch of k consecutive steps, in each of which one perturbs. A Trainer's step is timed from BATCH_START to BATCH_END:
+loading is not part of it, the Trainer's own work is.
+
+    python -m benchmarks.step_time
+    python -m benchmarks.step_time --models mlp vit --settings trainer ddp --rounds 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import importlib.metadata
+import itertools
+import json
+import os
+import random
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+import torch._dynamo.config
+import torch._inductor.config
+import torch.distributed as dist
+from composer import Logger, State
+from composer.algorithms import SAM as ComposerSAM
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import SGD
+
+from benchmarks.measure import median, spread
+from benchmarks.report import Report, Table
+from benchmarks.workloads import Batches, Clock, cifar_resnet18, digits_batches, digits_mlp, make_trainer, small_vit
+from composer_sam import GAM, SAM, WSAM, SharpnessAwareOptimizer
+from composer_sam.algorithm import SharpnessAware
+
+CPU = torch.device('cpu')
+INTERVALS = (1, 2, 5, 10)
+SETTINGS = ('trainer', 'compile', 'ddp', 'plain')
+RANKS = 2
+BASE: dict[str, Any] = {'lr': 0.01, 'momentum': 0.9, 'weight_decay': 5e-4}
+COLUMNS = ('model', 'setting', 'variant', 'ms per step', '± ms', 'x base', '± x', 'limit', 'over the limit')
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network, its batches, and in every setting the rounds and the intervals of SAM that are measured."""
+
+    build: Callable[[], nn.Module]
+    batches: Callable[[], Batches]
+    plan: Mapping[str, tuple[int, Sequence[int]]]
+
+
+# A round of resnet18 takes ten seconds: where intervals are left out it is to bound the time of a run.
+MODELS = {
+    'mlp': Model(
+        digits_mlp,
+        lambda: digits_batches(64, 8),
+        {'trainer': (150, INTERVALS), 'compile': (150, INTERVALS), 'ddp': (150, INTERVALS), 'plain': (300, ())},
+    ),
+    'vit': Model(
+        small_vit,
+        lambda: Batches(32, 8, (3, 32, 32), CPU),
+        {'trainer': (12, (1, 10)), 'compile': (8, (1,)), 'ddp': (8, (1,)), 'plain': (6, ())},
+    ),
+    'resnet18': Model(
+        cifar_resnet18,
+        lambda: Batches(32, 8, (3, 32, 32), CPU),
+        {'trainer': (12, INTERVALS), 'compile': (11, (1, 10)), 'ddp': (11, (1, 10)), 'plain': (6, ())},
+    ),
+}
+
+
+@dataclass
+class Run:
+    """One variant: takes a step at a time and notes its seconds, and those ``outside`` of forward and backward."""
+
+    step: Callable[[], object]
+    seconds: list[float]
+    outside: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What makes network, optimizer and the steps; passes and interval of those that perturb; whom to compare with."""
+
+    start: Callable[[], Run]
+    passes: int = 1
+    interval: int = 1
+    peer: str | None = None
+
+
+class StepClock(Clock):
+    """Times a Trainer's steps and, of each, what is not forward and backward; ranks begin a step together."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.outside: list[float] = []
+        self._in_passes = self._pass_began = 0.0
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        self._in_passes = 0.0
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.barrier()
+        super().batch_start(state, logger)
+
+    def before_forward(self, state: State, logger: Logger) -> None:
+        del state, logger
+        self._pass_began = time.perf_counter()
+
+    def after_backward(self, state: State, logger: Logger) -> None:
+        del state, logger
+        self._in_passes += time.perf_counter() - self._pass_began
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        super().batch_end(state, logger)
+        self.outside.append(self.seconds[-1] - self._in_passes)
+
+
+def trainer_variants(model: Model, intervals: Sequence[int], batches: Batches, **options: Any) -> dict[str, Variant]:
+    """Through Composer's Trainer."""
+
+    def start(algorithm: Callable[[], Any] | None) -> Run:
+        torch.manual_seed(0)
+        clock = StepClock()
+        algorithms = [] if algorithm is None else [algorithm()]
+        trainer = make_trainer(model.build(), batches, algorithms, BASE['lr'], callbacks=[clock], **options)
+        return Run(lambda: trainer.fit(duration='1ba'), clock.seconds, clock.outside)
+
+    found = {name: Variant(functools.partial(start, None)) for name in ('base', 'base again')}
+    for k in intervals:
+        ours, theirs = (name if k == 1 else f'{name}, interval {k}' for name in ('SAM', "Composer's SAM"))
+        found[ours] = Variant(functools.partial(start, lambda k=k: SAM(interval=k)), 2, k, theirs)
+        found[theirs] = Variant(functools.partial(start, lambda k=k: ComposerSAM(interval=k)), 2, k)
+    return found | {
+        method.__name__: Variant(functools.partial(start, method), method().passes) for method in (WSAM, GAM)
+    }
+
+
+Step = Callable[[Tensor, Tensor], object]
+
+
+def plain_variants(model: Model, batches: Batches) -> dict[str, Variant]:
+    """In a loop without Composer."""
+
+    def start(make: Callable[[nn.Module], Step]) -> Run:
+        torch.manual_seed(0)
+        step, stream, seconds = make(model.build()), itertools.cycle(batches), []
+
+        def timed() -> None:
+            x, y = next(stream)
+            begin = time.perf_counter()
+            step(x, y)
+            seconds.append(time.perf_counter() - begin)
+
+        return Run(timed, seconds)
+
+    def of(make: Callable[[nn.Module], Step], passes: int = 2, peer: str | None = None) -> Variant:
+        return Variant(functools.partial(start, make), passes, peer=peer)
+
+    sam, wsam = "pytorch_optimizer's SAM", "pytorch_optimizer's WSAM"
+    return {
+        'base': of(_base, 1),
+        'base again': of(_base, 1),
+        'SAM, closure': of(lambda net: _closure(net, SAM()), peer=sam),
+        'SAM, two calls': of(lambda net: _two_calls(net, SAM()), peer=sam),
+        sam: of(_their_sam),
+        'WSAM, closure': of(lambda net: _closure(net, WSAM()), peer=wsam),
+        wsam: of(_their_wsam),
+    }
+
+
+def _backward(net: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Any:
+    optimizer.zero_grad()
+    loss = cross_entropy(net(x), y)
+    loss.backward()
+    return loss
+
+
+def _base(net: nn.Module) -> Step:
+    optimizer = SGD(net.parameters(), **BASE)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        _backward(net, optimizer, x, y)
+        optimizer.step()
+
+    return step
+
+
+def _closure(net: nn.Module, method: SharpnessAware) -> Step:
+    optimizer = SharpnessAwareOptimizer(SGD(net.parameters(), **BASE), method, net)
+    return lambda x, y: optimizer.step(functools.partial(_backward, net, optimizer, x, y))
+
+
+def _two_calls(net: nn.Module, method: SharpnessAware) -> Step:
+    optimizer = SharpnessAwareOptimizer(SGD(net.parameters(), **BASE), method, net)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        cross_entropy(net(x), y).backward()
+        optimizer.first_step(zero_grad=True)
+        cross_entropy(net(x), y).backward()
+        optimizer.second_step(zero_grad=True)
+
+    return step
+
+
+def _their_sam(net: nn.Module) -> Step:
+    from pytorch_optimizer import SAM
+
+    optimizer = SAM(net.parameters(), SGD, rho=0.05, **BASE)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        closure = functools.partial(_backward, net, optimizer, x, y)
+        closure()  # its first pass is the caller's
+        optimizer.step(closure)
+
+    return step
+
+
+def _their_wsam(net: nn.Module) -> Step:
+    from pytorch_optimizer import WSAM
+
+    optimizer = WSAM(net, net.parameters(), SGD, rho=0.05, **BASE)
+    return lambda x, y: optimizer.step(functools.partial(_backward, net, optimizer, x, y))
+
+
+def measured(variants: dict[str, Variant], rounds: int) -> list[list[Any]]:
+    """For every variant its name, the figures of the columns after it, and why there are none, should it not run."""
+    runs: dict[str, Run] = {}
+    reasons: dict[str, str] = {}
+    for name, variant in variants.items():
+        try:
+            run = variant.start()
+            for _ in range(max(2, variant.interval)):
+                run.step()
+        except Exception as error:
+            reasons[name] = f'does not run: {type(error).__name__}: {str(error)[:200]}'
+        else:
+            run.seconds.clear()
+            run.outside.clear()
+            runs[name] = run
+    # The networks of all variants live here: a collection must not charge them to the step it happens to fall into.
+    gc.collect()
+    gc.freeze()
+    order = random.Random(0)  # the same on all ranks
+    for _ in range(rounds):
+        for name in order.sample(list(runs), len(runs)):
+            runs[name].step()
+    gc.unfreeze()
+    return [
+        [name, *(_figures(variant, name, runs) if name in runs else [None] * 8), reasons.get(name, '')]
+        for name, variant in variants.items()
+    ]
+
+
+def _figures(variant: Variant, name: str, runs: dict[str, Run]) -> list[Any]:
+    k = variant.interval
+    own, base = _stretches(runs[name].seconds, k), _stretches(runs['base'].seconds, k)
+    ratios = _ratios(own, base)
+    limit = 1 + (variant.passes - 1) / k
+    against = median(_ratios(own, _stretches(runs[variant.peer].seconds, k))) if variant.peer in runs else None
+    outside = median(_ratios(_stretches(runs[name].outside, k), base)) if runs[name].outside else None
+    ms = [1e3 * seconds for seconds in own]
+    over = median(ratios) - limit
+    return [median(ms), spread(ms), median(ratios), spread(ratios), limit, over, against, outside]
+
+
+def _stretches(seconds: Sequence[float], k: int) -> list[float]:
+    return [fmean(seconds[i : i + k]) for i in range(len(seconds) - k + 1)]
+
+
+def _ratios(own: Sequence[float], other: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(own, other, strict=True)]
+
+
+def rows(name: str, setting: str, intervals: Sequence[int], rounds: float) -> list[list[Any]]:
+    """The rows of one model in one setting."""
+    model = MODELS[name]
+    planned, of_plan = model.plan[setting]
+    intervals = [k for k in intervals if k in of_plan]
+    count = max(round(rounds * planned), 1 + max(intervals, default=1))  # at least two stretches of every interval
+    if setting == 'plain':
+        return measured(plain_variants(model, model.batches()), count)
+    if setting == 'trainer':
+        return measured(trainer_variants(model, intervals, model.batches()), count)
+    if setting == 'compile':
+        torch._dynamo.reset()
+        # One code serves the networks of all variants. What would not be compiled any more is an error, not slower.
+        dynamo = torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
+        # Inductor's cache on disk hands out code made for another number of threads, unless told the number.
+        with dynamo, torch._inductor.config.patch({'cpp.threads': torch.get_num_threads()}):
+            return measured(trainer_variants(model, intervals, model.batches(), compile_config={}), count)
+    with tempfile.TemporaryDirectory() as folder:
+        # A rank that fails, or the end of this process, ends the other ranks.
+        torch.multiprocessing.spawn(_rank, (name, intervals, count, folder), nprocs=RANKS, daemon=True)
+        return json.loads(Path(folder, 'rows').read_text())
+
+
+def _rank(rank: int, name: str, intervals: Sequence[int], rounds: int, folder: str) -> None:
+    ranks = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': RANKS, 'LOCAL_WORLD_SIZE': RANKS, 'NODE_RANK': 0}
+    os.environ.update({key: str(value) for key, value in ranks.items()})
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Composer's handler ends in order, which may take for ever
+    torch.set_num_threads(1)
+    store, patience = f'file://{folder}/store', timedelta(seconds=120)
+    dist.init_process_group('gloo', store, patience, RANKS, rank)
+    model = MODELS[name]
+    batches = model.batches()
+    batches[:] = [(x.chunk(RANKS)[rank], y.chunk(RANKS)[rank]) for x, y in batches]
+    batches.batch_size //= RANKS
+    found = measured(trainer_variants(model, intervals, batches), rounds)
+    if rank == 0:
+        Path(folder, 'rows').write_text(json.dumps(found))
+    dist.barrier()
+    os._exit(0)  # gloo's threads may keep an orderly end waiting for ever
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--models', nargs='+', default=list(MODELS), choices=list(MODELS))
+    parser.add_argument('--settings', nargs='+', default=list(SETTINGS), choices=SETTINGS)
+    parser.add_argument('--intervals', nargs='+', type=int, default=list(INTERVALS), choices=INTERVALS)
+    parser.add_argument('--rounds', type=float, default=1.0, help="times the model's own number of rounds")
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='of one process')
+    parser.add_argument('--json', metavar='OUT', help='write the report here instead of benchmarks/results/')
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    report = Report('step_time', vars(options), options.json)
+    note = (
+        'Medians; ± is half the interquartile range. Ratios are of steps of the same round. The limit is '
+        '1 + (passes - 1)/interval; "over the limit" of \'base again\', a second base run, is the noise. '
+    )
+    left_out = '; '.join(
+        f'{name} in {setting}: {", ".join(str(k) for k in INTERVALS if k not in plan[1])}'
+        for name, model in MODELS.items()
+        for setting, plan in model.plan.items()
+        if setting != 'plain' and len(plan[1]) < len(INTERVALS)
+    )
+    through = (
+        '"outside passes" is what a step does besides forward and backward, over the base step: what the base step has '
+        'of it is paid once in a step of several passes too. Stretches of an interval overlap: with few rounds their ± '
+        f'is too small. Intervals left out to bound the run: {left_out}.'
+    )
+    tables = {
+        'Trainer': Table(
+            "Whole steps through Composer's Trainer",
+            (*COLUMNS, "x Composer's SAM", 'outside passes, x base', 'remark'),
+            note=note + through,
+        ),
+        'plain': Table(
+            'Whole steps in a plain loop', (*COLUMNS, "x pytorch_optimizer's", 'remark'), note=note + _theirs()
+        ),
+    }
+    for model in options.models:
+        for setting in options.settings:
+            key = f'{model}, {setting}'
+            for row in report.case(key, lambda m=model, s=setting: rows(m, s, options.intervals, options.rounds)):
+                # Nothing tells a plain loop's passes from the rest.
+                shown = [*row[:-2], row[-1]] if setting == 'plain' else row
+                tables['plain' if setting == 'plain' else 'Trainer'].add(model, setting, *shown)
+    for table in tables.values():
+        if table.rows:
+            report.add(table)
+    report.write()
+
+
+def _theirs() -> str:
+    try:
+        return f'pytorch_optimizer is version {importlib.metadata.version("pytorch_optimizer")}.'
+    except importlib.metadata.PackageNotFoundError:
+        return 'pytorch_optimizer is not installed.'
+
+
+if __name__ == '__main__':
+    main()
