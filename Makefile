@@ -3,7 +3,7 @@ PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.10,$(shell python$(v) -c 'import s
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all gpu check format lint types clean
+.PHONY: demo test test-all gpu benchmarks check format lint types clean
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not ((3, 10) <= sys.version_info[:2] <= (3, 12)))' \
@@ -27,6 +27,14 @@ gpu: $(VENV)/.installed
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(BIN)/python -m pytest -m gpu tests/gpu && $(BIN)/python -m benchmarks.gpu; \
 	else echo 'no GPU here: nothing to run'; fi
+
+# Every figure of README and docs: within an hour on two cores that do nothing else; the same command goes on where it
+# was cut off. SET=long has what takes longer, IMAGES=DIR is CIFAR-10 as DIR/train/<class>/ and DIR/test/<class>/
+# (otherwise torchvision downloads it).
+SET ?= cpu
+benchmarks: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[benchmarks]'
+	$(BIN)/python -m benchmarks --set $(SET) $(if $(IMAGES),--images '$(IMAGES)')
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .

@@ -132,16 +132,25 @@ class Layout:
         device = scalars[0].device
         return torch.stack([s if s.device == device else s.to(device) for s in scalars])
 
-    def total(self, partials: Sequence[Tensor], where: Sequence[int]) -> Tensor:
-        """The sum of one partial result per parameter, over all ranks that hold a shard of it: a collective per set of
-        ranks, with however few entries this rank contributes."""
+    def sums(self, columns: Sequence[Sequence[Tensor]], where: Sequence[int]) -> list[Tensor]:
+        """For each column of partial results its sum, over all ranks that hold a shard of the parameter each belongs
+        to: a collective per set of ranks for all columns together, with however few entries this rank contributes."""
         if not self.sharded:
-            return self.stack(partials).sum() if partials else self._zero()
-        by_groups: dict[Groups, list[Tensor]] = {groups: [] for groups in self.groups}
-        for partial, place in zip(partials, where, strict=True):
-            by_groups[self.groups[place]].append(partial)
-        totals = [_summed(self.stack(own).sum() if own else self._zero(), groups) for groups, own in by_groups.items()]
-        return self.stack(totals).sum()
+            return [self.stack(column).sum() if column else self._zero() for column in columns]
+        totals = []
+        for groups in dict.fromkeys(self.groups):
+            members = [
+                [p for p, place in zip(column, where, strict=True) if self.groups[place] == groups]
+                for column in columns
+            ]
+            own = [self.stack(partials).sum() if partials else self._zero() for partials in members]
+            totals.append(_summed(self.stack(own), groups))
+        device = totals[0].device
+        return list(torch.stack([total.to(device) for total in totals]).sum(0))
+
+    def total(self, partials: Sequence[Tensor], where: Sequence[int]) -> Tensor:
+        """:meth:`sums` of one column."""
+        return self.sums([partials], where)[0]
 
     def totals(self, partials: Sequence[Tensor], where: Sequence[int]) -> list[Tensor]:
         """Each parameter's partial results, summed over the ranks that hold a shard of it."""

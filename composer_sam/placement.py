@@ -58,8 +58,7 @@ class Placement:
         """Put the weights at w + offset. A donated offset's memory is used up."""
         exchanged: list[tuple[Tensor, Tensor]] = []
         copied: list[tuple[Tensor, Tensor]] = []
-        donated = offset.donated
-        values, factor = offset.take()
+        values, factor, free = offset.take()
         for value, where in zip(values, offset.where, strict=True):
             parameter = self._parameters[where]
             if self._exchange and exchangeable(parameter) and value.stride() == parameter.stride():
@@ -69,7 +68,7 @@ class Placement:
         if exchanged:
             parameters, offsets = [p for p, _ in exchanged], [value for _, value in exchanged]
             originals = [parameter.data for parameter in parameters]
-            places = offsets if donated else [torch.empty_like(value) for value in offsets]
+            places = offsets if free else [torch.empty_like(value) for value in offsets]
             _sum(originals, offsets, factor, out=places)
             # Noted before the first parameter moves, so that restore() is right wherever an interrupt falls.
             self._exchanged = list(zip(parameters, originals, strict=True))
@@ -106,20 +105,16 @@ def _own_storage(parameters: tuple[Tensor, ...]) -> bool:
     return len(addresses) == len(set(addresses))
 
 
-def _sum(weights: list[Tensor], offsets: list[Tensor], factor: Tensor | None, out: list[Tensor]) -> None:
+def _sum(weights: list[Tensor], offsets: list[Tensor], factor: float, out: list[Tensor]) -> None:
     """``out = weights + factor * offsets``; ``out`` may be the memory of either.
 
-    Both ways of placing come here and call the same kernels, so their bits are the same. A factor lies in the CPU's
-    memory: reading it waits for nothing.
+    Both ways of placing come here and call the same kernels, so their bits are the same.
     """
-    if factor is None and out is weights:
-        torch._foreach_add_(out, offsets)
-    elif factor is None and out is offsets:
-        torch._foreach_add_(out, weights)
+    if out is weights:
+        torch._foreach_add_(out, offsets, alpha=factor)
     else:
-        alpha = 1 if factor is None else factor.item()
         for weight, offset, place in zip(weights, offsets, out, strict=True):
-            torch.add(weight, offset, alpha=alpha, out=place)
+            torch.add(weight, offset, alpha=factor, out=place)
 
 
 def shaped_like(parameter: Tensor, value: Tensor) -> Tensor:

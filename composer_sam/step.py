@@ -25,7 +25,7 @@ from composer_sam.distributed import (
 )
 from composer_sam.placement import Placement, real, shaped_like
 from composer_sam.selection import Selection, names_of, select
-from composer_sam.vectors import Number, PerParameter, Vector, add, restrict, scale, to_radius
+from composer_sam.vectors import Number, PerParameter, Vector, add, each, restrict, scale, to_radius
 
 __all__ = ['PLAIN', 'Direction', 'Method', 'Observer', 'Pass', 'Passes', 'PlainStep', 'Step']
 
@@ -241,9 +241,8 @@ class Step:
             return
         lr = {parameter: group['lr'] for group in groups for parameter in group['params']}
         rates = PerParameter(lr[parameter] for parameter in self.layout.parameters)
-        moved = [real(self.layout.parameters[where]) for where in decoupled.where]
-        if moved:
-            torch._foreach_sub_(moved, scale(decoupled.donate(), rates).values)
+        moved = decoupled.like([real(self.layout.parameters[where]) for where in decoupled.where])
+        add(moved.donate(), scale(decoupled.donate(), each(lambda rate: -rate, rates)))
 
     def commit(self) -> None:
         """The base optimizer has stepped: what the method staged becomes its memory, and nothing is undone any more."""

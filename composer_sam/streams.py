@@ -35,19 +35,9 @@ class RandomStreams:
         """Put the streams back to where they were when ``places`` was read."""
         python, numpy, cpu, cuda, mps = places
         random.setstate(python)
-        # Reading NumPy's stream costs a quarter of writing it, and most models never draw from it.
-        if not _same(np.random.get_state(), numpy):  # noqa: NPY002
-            np.random.set_state(numpy)  # noqa: NPY002
+        np.random.set_state(numpy)  # noqa: NPY002
         torch.set_rng_state(cpu)
         for device, state in zip(self.cuda, cuda, strict=True):
             torch.cuda.set_rng_state(state, device)
         if mps is not None:
             torch.mps.set_rng_state(mps)
-
-
-def _same(stream: Any, other: Any) -> bool:
-    """Whether two of NumPy's states are one: the generator's name, its keys, and three numbers. Other generators than
-    its standard one have a dictionary, which is not looked into."""
-    if isinstance(stream, dict) or isinstance(other, dict):
-        return False
-    return stream[0] == other[0] and stream[2:] == other[2:] and np.array_equal(stream[1], other[1])

@@ -7,14 +7,15 @@ at least fp32. Nothing here waits for the device: scalars stay 0-dimensional ten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FlatParameter
 
 from composer_sam.distributed import Layout
+from composer_sam.weight_vector import Coefficient, Number, PerParameter, Vector
 
 __all__ = [
     'Coefficient',
@@ -26,6 +27,7 @@ __all__ = [
     'axpy',
     'clip',
     'dot',
+    'dots',
     'each',
     'join',
     'multiply',
@@ -47,80 +49,6 @@ __all__ = [
 _HALF = (torch.float16, torch.bfloat16)
 
 
-class PerParameter(tuple):
-    """One number per parameter of the model: a hyper-parameter whose value differs between parameter groups."""
-
-
-# A hyper-parameter: one number, or one for each parameter where groups differ.
-Number: TypeAlias = float | PerParameter
-Coefficient: TypeAlias = float | Tensor | PerParameter
-
-
-class Vector:
-    """A point or a direction in weight space.
-
-    Args:
-        values: the local tensors of the parameters that are not structurally zero.
-        where: for each of them the parameter's place in ``layout.parameters``, ascending. A parameter that got no
-            gradient has no entry: it is zero, and it costs nothing.
-        layout: the parameters and how they are spread over ranks.
-        donated: the memory may be overwritten by the next operation, see :meth:`donate`.
-    """
-
-    __slots__ = ('_factor', '_values', 'donated', 'layout', 'where')
-
-    def __init__(self, values: Sequence[Tensor], where: Sequence[int], layout: Layout, donated: bool = False):
-        self._values: list[Tensor] | None = list(values)
-        self.where = tuple(where)
-        self.layout = layout
-        self.donated = donated
-        self._factor: Tensor | None = None  # by which the values are still to be multiplied, see :meth:`times`
-
-    @property
-    def values(self) -> list[Tensor]:
-        if self._values is None:
-            raise RuntimeError('this vector was donated: its memory has been reused, so it cannot be read any more')
-        if self._factor is not None:
-            factor, self._factor = self._factor, None
-            torch._foreach_mul_(self._values, factor)
-        return self._values
-
-    def times(self, factor: Tensor) -> Vector:
-        """This donated vector times a factor in the CPU's memory, multiplied out when somebody reads it.
-
-        Placing the weights does not read it: it multiplies and adds in one pass over the memory, which is what a step
-        on the CPU waits for.
-        """
-        product = self.like(self.values)
-        product._factor = factor
-        return product
-
-    def take(self) -> tuple[list[Tensor], Tensor | None]:
-        """The tensors, and the factor by which they are still to be multiplied; a donated vector gives them up."""
-        if not self.donated:
-            return self.values, None
-        factor, self._factor = self._factor, None
-        values, self._values = self.values, None
-        return values, factor
-
-    def donate(self) -> Vector:
-        """Hand the memory to one operation, which may overwrite it; this vector can no longer be read.
-
-        What a method does not need again it donates, and a parameter-sized copy is saved:
-        ``to_radius(grad.donate(), rho)`` scales the gradient where it lies. The operation's result is an ordinary
-        vector again.
-        """
-        factor, self._factor = self._factor, None
-        moved = Vector(self.values, self.where, self.layout, donated=True)
-        moved._factor = factor
-        self._values = None
-        return moved
-
-    def like(self, values: Sequence[Tensor]) -> Vector:
-        """A vector of other values on the same parameters."""
-        return Vector(values, self.where, self.layout)
-
-
 def each(function: Callable[..., Any], *numbers: Any) -> Any:
     """``function(*numbers)``, for every parameter by itself where one of the numbers differs between parameters.
 
@@ -137,31 +65,40 @@ def each(function: Callable[..., Any], *numbers: Any) -> Any:
 
 def norm(x: Vector) -> Tensor:
     r"""The L2 norm :math:`\lVert x \rVert` over all elements of all ranks' shards, a 0-dimensional tensor."""
-    return x.layout.total(_squares(x), x.where).sqrt()
+    return dots((x, x))[0].sqrt()
 
 
 def norms(x: Vector) -> list[Tensor]:
     """The L2 norm of each parameter's tensor, over all its shards, in the order of ``x.where``."""
-    squares = x.layout.totals(_squares(x), x.where) if x.layout.sharded else _squares(x)
+    squares = _multi(_inner, x.values, x.values, x.layout.accumulator)
+    squares = x.layout.totals(squares, x.where) if x.layout.sharded else squares
     return [square.sqrt() for square in squares]
 
 
 def dot(x: Vector, y: Vector) -> Tensor:
     r"""The inner product :math:`\langle x, y \rangle` over all elements of all ranks' shards."""
-    x, y = _aligned(x, y)
-    dtype = x.layout.accumulator
-    products = [
-        torch.dot(a.reshape(-1).to(dtype), b.reshape(-1).to(dtype)) for a, b in zip(x.values, y.values, strict=True)
-    ]
-    return x.layout.total(products, x.where)
+    return dots((x, y))[0]
+
+
+def dots(*pairs: tuple[Vector, Vector]) -> list[Tensor]:
+    """The inner products of several pairs of vectors, in one collective."""
+    together = _aligned(*(vector for pair in pairs for vector in pair))
+    columns, factors = [], []
+    for x, y in zip(together[::2], together[1::2], strict=True):
+        (a, a_factor), (b, b_factor) = x.terms(), y.terms()
+        columns.append(_multi(_inner, a, b, x.layout.accumulator))
+        factors.append(a_factor * b_factor)
+    sums = together[0].layout.sums(columns, together[0].where)
+    return [total if factor == 1 else total * factor for total, factor in zip(sums, factors, strict=True)]
 
 
 def scale(x: Vector, factor: Coefficient) -> Vector:
     """``factor * x``; in place where ``x`` is donated. Products of half-precision tensors are rounded once."""
-    half = any(value.dtype in _HALF for value in x.values)
+    half = _half(x)
+    factor = factor if half else _number(factor)
     if not x.donated and not half and not isinstance(factor, PerParameter):
         return x.like(_multi(torch._foreach_mul, x.values, factor))
-    if x.donated and not half and x.values and isinstance(factor, Tensor) and factor.device.type == 'cpu':
+    if x.donated and not half and isinstance(factor, float):
         return x.times(factor)
     values = x.values if x.donated else [value.clone() for value in x.values]
     for chosen, c in _by_factor(values, x.where, factor):
@@ -178,30 +115,24 @@ def add(x: Vector, y: Vector) -> Vector:
     """``x + y``, in the memory of whichever of the two is donated."""
     if y.donated and not x.donated:
         x, y = y, x
-    x, y = _aligned(x, y)
-    if not x.donated:
-        return x.like(_multi(torch._foreach_add, x.values, y.values))
-    _multi(torch._foreach_add_, x.values, y.values)
-    return x.like(x.values)
+    return axpy(1.0, y, x)
 
 
 def subtract(x: Vector, y: Vector) -> Vector:
     """``x - y``, in the memory of ``x`` where it is donated."""
-    x, y = _aligned(x, y)
-    if not x.donated:
-        return x.like(_multi(torch._foreach_sub, x.values, y.values))
-    _multi(torch._foreach_sub_, x.values, y.values)
-    return x.like(x.values)
+    return axpy(-1.0, y, x)
 
 
-def axpy(a: Number, x: Vector, y: Vector) -> Vector:
+def axpy(a: Coefficient, x: Vector, y: Vector) -> Vector:
     """``a * x + y``, in the memory of ``y`` where it is donated."""
-    if isinstance(a, PerParameter):
+    a = a if _half(x) else _number(a)
+    if not isinstance(a, (int, float)):
         return add(scale(x, a), y)
     x, y = _aligned(x, y)
+    values, factor = x.terms()
     if not y.donated:
-        return y.like(_multi(torch._foreach_add, y.values, x.values, alpha=a))
-    _multi(torch._foreach_add_, y.values, x.values, alpha=a)
+        return y.like(_multi(torch._foreach_add, y.values, values, alpha=a * factor))
+    _multi(torch._foreach_add_, y.values, values, alpha=a * factor)
     return y.like(y.values)
 
 
@@ -325,7 +256,10 @@ def to_radius(x: Vector, rho: Number, epsilon: Number = 1e-12, metric: Vector | 
     def factor(radius: float, eps: float) -> Tensor:
         return torch.where(length == 0, torch.zeros_like(length), radius / (length + eps))
 
-    return scale(x, each(factor, rho, epsilon))
+    found = each(factor, rho, epsilon)
+    number = _number(found)
+    # A multiple that is placed and forgotten needs no memory.
+    return x.times(number) if isinstance(number, float) and not _half(x) else scale(x, found)
 
 
 def clip(x: Vector, max_norm: float) -> Vector:
@@ -342,9 +276,10 @@ def reject(x: Vector, y: Vector, epsilon: float = 0.0) -> Vector:
     .. math:: x - \cos(x, y) \, \lVert x \rVert \, \frac{y}{\lVert y \rVert + \epsilon}, \qquad
         \cos(x, y) = \frac{\langle x, y \rangle}{\lVert x \rVert \lVert y \rVert + \epsilon}
     """
-    x_norm, y_norm = norm(x), norm(y)
-    cosine = _quotient(dot(x, y), x_norm * y_norm + epsilon)
-    return subtract(x, scale(y, _quotient(cosine * x_norm, y_norm + epsilon)))
+    xx, xy, yy = dots((x, x), (x, y), (y, y))
+    x_norm, y_norm = xx.sqrt(), yy.sqrt()
+    cosine = _quotient(xy, x_norm * y_norm + epsilon)
+    return axpy(_quotient(cosine * x_norm, y_norm + epsilon).neg(), y, x)
 
 
 def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -357,29 +292,38 @@ def _multi(operation: Callable[..., Any], values: list[Tensor], *others: Any, **
     return operation(values, *others, **options) if values else []
 
 
-def _squares(x: Vector) -> list[Tensor]:
-    """Each tensor's squared L2 norm."""
-    dtype = x.layout.accumulator
-    if all(value.device.type == 'cpu' and value.dtype == dtype and value.is_contiguous() for value in x.values):
-        # BLAS reads memory faster than the norm does; on the CPU a step waits for little else.
-        flat = [value.view(-1) for value in x.values]
-        return [torch.dot(value, value) for value in flat]
-    return [length.square() for length in _multi(torch._foreach_norm, x.values, 2, dtype=dtype)]
+def _inner(x: list[Tensor], y: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The inner product of each pair of tensors, accumulated in ``dtype``."""
+    if x is y and not all(v.device.type == 'cpu' and v.dtype == dtype and v.is_contiguous() for v in x):
+        return [length.square() for length in torch._foreach_norm(x, 2, dtype=dtype)]
+    # BLAS reads memory faster than the norm does; on the CPU a step waits for little else.
+    return [torch.dot(a.reshape(-1).to(dtype), b.reshape(-1).to(dtype)) for a, b in zip(x, y, strict=True)]
 
 
-def _aligned(x: Vector, y: Vector) -> tuple[Vector, Vector]:
-    """Both vectors over the same parameters: a structural zero that meets a value is written out."""
-    if x.where == y.where:
-        return x, y
-    union = sorted({*x.where, *y.where})
-    templates = {**dict(zip(y.where, y.values, strict=True)), **dict(zip(x.where, x.values, strict=True))}
+def _aligned(*vectors: Vector) -> tuple[Vector, ...]:
+    """The vectors over the same parameters: a structural zero that meets a value is written out."""
+    if len({vector.where for vector in vectors}) == 1:
+        return vectors
+    union = sorted({place for vector in vectors for place in vector.where})
+    templates = {place: value for v in vectors for place, value in zip(v.where, v.values, strict=True)}
 
     def over_union(v: Vector) -> Vector:
         own = dict(zip(v.where, v.values, strict=True))
         values = [own[i] if i in own else torch.zeros_like(templates[i]) for i in union]
         return Vector(values, union, v.layout, v.donated)
 
-    return over_union(x), over_union(y)
+    return tuple(over_union(vector) for vector in vectors)
+
+
+def _half(x: Vector) -> bool:
+    return any(value.dtype in _HALF for value in x.terms()[0])
+
+
+def _number(factor: Coefficient) -> Coefficient:
+    """A factor as a number where that waits for nothing: in the CPU's memory, and equal for all parameters."""
+    if isinstance(factor, PerParameter) and factor and len({id(c) for c in factor}) == 1:
+        factor = factor[0]
+    return factor.item() if isinstance(factor, Tensor) and factor.device.type == 'cpu' else factor
 
 
 def _by_factor(values: list[Tensor], where: tuple[int, ...], factor: Coefficient) -> list[tuple[list[Tensor], Any]]:

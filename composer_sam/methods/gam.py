@@ -49,7 +49,7 @@ class GAM(SharpnessAware):
     synchronises all four instead.
 
     Passes and memory:
-        4 passes per perturbing step, four copies of the parameters at the peak, nothing between steps.
+        4 passes per perturbing step, three copies of the parameters at the peak, nothing between steps.
 
     Departures:
         The authors' code keeps six tensors of the parameters' size between steps and restores the weights by
@@ -77,7 +77,7 @@ class GAM(SharpnessAware):
     adaptive: bool = False
 
     paper: ClassVar[str] = 'Zhang et al., CVPR 2023, https://arxiv.org/abs/2303.03108'
-    extra_copies: ClassVar[int] = 4
+    extra_copies: ClassVar[int] = 3
 
     def direction(self, step: Step) -> Passes:
         sync = self.sync_first_pass
@@ -87,13 +87,17 @@ class GAM(SharpnessAware):
 
         g0 = yield Pass(sync=sync)
         g1 = yield Pass(at=offset(g0, self.grad_rho).donate(), sync=sync)
-        e1 = offset(subtract(g1, g0).donate(), self.grad_norm_rho)
-        g2 = yield Pass(at=e1, sync=sync)
+
+        def up_the_norm() -> Vector:
+            return offset(subtract(g1, g0).donate(), self.grad_norm_rho)
+
+        g2 = yield Pass(at=up_the_norm().donate(), sync=sync)
+        e1 = up_the_norm()  # computed again, rather than kept in memory through a pass
         p = axpy(each(abs, self.grad_beta_2), g2, g0.donate())
         e2 = offset(g2.donate(), self.grad_rho, start=e1)
-        g3 = yield Pass(at=add(e1.donate(), e2).donate(), sync=sync)
-        q = axpy(self.grad_beta_3, g3, scale(g1.donate(), self.grad_beta_1))
-        del g2, e1, e2, g3
+        g3 = yield Pass(at=add(e1.donate(), e2.donate()).donate(), sync=sync)
+        q = axpy(self.grad_beta_3, g3, scale(g1.donate(), self.grad_beta_1).donate())
+        del g3
         orthogonal = reject(p.donate(), q, self.epsilon)
         direction = subtract(q.donate(), scale(orthogonal.donate(), self.grad_gamma))
         return Direction(direction if sync else step.mean(direction))

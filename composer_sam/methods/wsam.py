@@ -83,4 +83,4 @@ class WSAM(SharpnessAware):
             sharpness = subtract(ascent_grad.donate(), mean_grad)
             return Direction(mean_grad, decoupled=scale(sharpness.donate(), alpha))
         plain = scale(mean_grad.donate(), each(lambda a: 1 - a, alpha))
-        return Direction(axpy(alpha, ascent_grad, plain))
+        return Direction(axpy(alpha, ascent_grad, plain.donate()))

@@ -84,7 +84,9 @@ class Images(Dataset):
         chosen, rest = (part.sort().values for part in (order[:few], order[few:]))
 
         def part(indices: Tensor, augment: Transform | None) -> Images:
-            images = self.images[indices] if isinstance(self.images, Tensor) else Subset(self.images, indices.tolist())
+            # A subset asks of its data set no more than a sequence has.
+            source: Any = self.images
+            images = source[indices] if isinstance(source, Tensor) else Subset(source, indices.tolist())
             return Images(images, self.labels[indices], augment, self.finish, self.plain)
 
         return part(rest, self.augment), part(chosen, self.plain)

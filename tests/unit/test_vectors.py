@@ -17,6 +17,7 @@ from composer_sam.vectors import (
     axpy,
     clip,
     dot,
+    dots,
     multiply,
     norm,
     norms,
@@ -124,6 +125,38 @@ def test_a_donated_vector_cannot_be_read_again() -> None:
     assert [value.data_ptr() for value in moved.values] == memory
     with pytest.raises(RuntimeError, match='was donated'):
         norm(x)
+
+
+@given(seeds, seeds, places, places)
+def test_inner_products_taken_together_are_those_taken_singly(
+    a: int, b: int, p: tuple[int, ...], q: tuple[int, ...]
+) -> None:
+    x, y = vector(a, where=p), scale(vector(b, where=q).donate(), 3.0)
+    found = dots((x, x), (x, y), (y, y))
+    y = 3.0 * flat(vector(b, where=q))
+    for value, expected in zip(found, (flat(x) @ flat(x), flat(x) @ y, y @ y), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-13)
+
+
+@given(seeds, seeds)
+def test_a_multiple_that_waits_is_the_multiple(a: int, b: int) -> None:
+    g, y = vector(a), vector(b)
+    e = to_radius(g, 0.3)
+    expected = 0.3 / flat(g).norm() * flat(g)
+    torch.testing.assert_close(norm(e), expected.norm(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(flat(axpy(2.0, e, y)), 2 * expected + flat(y), rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(flat(to_radius(e, 0.1)), expected / 3, rtol=1e-10, atol=0)
+    torch.testing.assert_close(flat(e), expected, rtol=1e-10, atol=0)
+    scale(g.donate(), 5.0).values[0].zero_()  # e was multiplied out into memory of its own
+    torch.testing.assert_close(flat(e), expected, rtol=1e-10, atol=0)
+
+
+def test_a_multiple_of_what_was_overwritten_cannot_be_read() -> None:
+    x = vector(0)
+    e = to_radius(x, 0.1)
+    add(x.donate(), vector(1))
+    with pytest.raises(RuntimeError, match='was overwritten'):
+        norm(e)
 
 
 @given(seeds, seeds)

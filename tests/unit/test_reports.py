@@ -1,0 +1,87 @@
+"""Reports go on where they were cut off, and the figures in README and docs are the reports'."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import benchmarks.report
+from benchmarks.pareto import front
+from benchmarks.quality_runs import Candidate
+from benchmarks.readme import FIGURES, FILES, filled
+from benchmarks.report import Report, Table
+
+
+@pytest.mark.parametrize('file', FILES, ids=lambda file: file.name)
+def test_figures_are_those_of_the_reports(file: Path) -> None:
+    text = file.read_text()
+    assert '<!-- figures: ' in text
+    assert filled(text) == text, 'the reports have changed: run python -m benchmarks.readme'
+
+
+def test_a_figure_typed_by_hand_is_replaced() -> None:
+    marked = '<!-- figures: costs -->\nSAM costs nothing\n<!-- end of figures -->\n'
+    assert filled(marked) == f'<!-- figures: costs -->\n{FIGURES["costs"]()}<!-- end of figures -->\n'
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(benchmarks.report, 'WORK', tmp_path / 'work')
+    return tmp_path
+
+
+def test_a_report_that_was_cut_off_goes_on(kept: Path) -> None:
+    measured: list[str] = []
+
+    def case(name: str, fail: bool = False) -> list[list[object]]:
+        measured.append(name)
+        if fail:
+            raise KeyboardInterrupt
+        return [[name, 0.5]]
+
+    def run(fail: bool, **config: int) -> list[object]:
+        report = Report('trial', {'rounds': 3, 'json': 'ignored', **config}, kept / 'trial')
+        table = Table('Times', ('case', 'seconds'))
+        for name in ('first', 'second'):
+            for row in report.case(name, lambda name=name: case(name, fail and name == 'second')):
+                table.add(*row)
+        report.add(table)
+        report.write()
+        return list(table.rows)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(fail=True)
+    assert measured == ['first', 'second']
+    rows = run(fail=False)
+    assert measured == ['first', 'second', 'second']
+    assert [list(row) for row in rows] == [['first', 0.5], ['second', 0.5]]
+    written = json.loads((kept / 'trial.json').read_text())
+    assert written['config'] == {'rounds': 3}
+    assert {'date', 'cpu', 'torch', 'mosaicml', 'commit'} <= set(written['environment'])
+    assert set(written['environment']['cases']['first']) == {'date', 'load', 'seconds'}
+    run(fail=False)
+    assert len(measured) == 3
+    run(fail=False, rounds=4)  # other options: nothing that is kept is theirs
+    assert len(measured) == 5
+
+
+def test_another_state_of_the_code_is_measured_anew(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Report('trial', {}, kept / 'trial').case('only', lambda: 1)
+    assert Report('trial', {}, kept / 'trial').case('only', lambda: 2) == 1
+    monkeypatch.setattr(benchmarks.report, 'code', lambda: 'another')
+    assert Report('trial', {}, kept / 'trial').case('only', lambda: 2) == 2
+
+
+def test_the_front_is_what_nothing_cheaper_beats() -> None:
+    points = [(1.0, 75.0), (2.0, 97.0), (2.0, 80.0), (1.1, 74.0), (4.0, 97.0), (1.5, 96.0)]
+    assert front(points) == [(1.0, 75.0), (1.5, 96.0), (2.0, 97.0)]
+
+
+def test_gradients_per_step_follow_passes_and_interval() -> None:
+    assert Candidate(longer=4).evaluations == 1
+    assert Candidate('SAM', (('rho', 0.5), ('interval', 10))).evaluations == pytest.approx(1.1)
+    assert Candidate('GAM', (('grad_rho', 0.02),)).evaluations == 4
+    assert Candidate('SAM', (('rho', 0.5), ('interval', 10))).name == 'SAM, rho 0.5, interval 10'
+    assert Candidate(longer=2).name == 'SGD, 2 times the epochs'
