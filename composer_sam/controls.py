@@ -164,16 +164,22 @@ class AttributeControl:
         self._modules = [
             vars(module) for module in model.modules() if not type(module).forward.__module__.startswith('torch.')
         ]
-        self._before = self._read()
+        self._before = [
+            {name: value for name, value in attributes.items() if isinstance(value, self._KINDS)}
+            for attributes in self._modules
+        ]
         # For every module that changed in the first pass: its attributes, what they were, and what they became.
         self._changed: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
 
     def first_pass_done(self) -> None:
-        for attributes, before, after in zip(self._modules, self._before, self._read(), strict=True):
-            names = [name for name in before if name in after and after[name] is not before[name]]
-            if names:
-                kept = {name: before[name] for name in names}, {name: after[name] for name in names}
-                self._changed.append((attributes, *kept))
+        for attributes, before in zip(self._modules, self._before, strict=True):
+            after = {
+                name: new
+                for name, old in before.items()
+                if (new := attributes.get(name, old)) is not old and isinstance(new, self._KINDS)
+            }
+            if after:
+                self._changed.append((attributes, {name: before[name] for name in after}, after))
 
     def rewind(self) -> None:
         for attributes, before, _ in self._changed:
@@ -189,12 +195,6 @@ class AttributeControl:
     def rollback(self) -> None:
         for attributes, before in zip(self._modules, self._before, strict=True):
             attributes.update(before)
-
-    def _read(self) -> list[dict[str, Any]]:
-        return [
-            {name: value for name, value in attributes.items() if isinstance(value, self._KINDS)}
-            for attributes in self._modules
-        ]
 
 
 class TrainerControl:

@@ -178,12 +178,13 @@ def rescale(x: Vector, like: Vector, granularity: str) -> Vector:
     if granularity == 'elementwise':
         return multiply(sign(x), absolute(like))
     if granularity == 'global':
-        return scale(x, _quotient(norm(like), norm(x)))
-    wanted = dict(zip(like.where, norms(like), strict=True))
+        wanted, length = (square.sqrt() for square in dots((like, like), (x, x)))
+        return scale(x, _quotient(wanted, length))
+    lengths = dict(zip(like.where, norms(like), strict=True))
     ratios = [torch.zeros((), device=value.device) for value in x.layout.parameters]
     for place, length in zip(x.where, norms(x), strict=True):
-        if place in wanted:
-            ratios[place] = _quotient(wanted[place], length)
+        if place in lengths:
+            ratios[place] = _quotient(lengths[place], length)
     return scale(x, PerParameter(ratios))
 
 
