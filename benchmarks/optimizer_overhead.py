@@ -24,12 +24,9 @@ from __future__ import annotations
 import argparse
 import functools
 import inspect
-import multiprocessing
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +35,7 @@ import torchvision
 from torch import nn
 from torch.optim import Optimizer
 
+from benchmarks.allocator import ALLOCATORS, apart
 from benchmarks.measure import interleaved, median, spread
 from benchmarks.optimizer_variants import (
     COMPOSER,
@@ -90,8 +88,6 @@ SIZES = (
     *('500x1e6', '500x1e7'),
     *('2000x1e4', '2000x1e6', '2000x1e7'),
 )
-_KEEP = {'MALLOC_TRIM_THRESHOLD_': '4000000000', 'MALLOC_MMAP_THRESHOLD_': '4000000000'}
-ALLOCATORS = {'default': {}, 'keeps': _KEEP}
 _FEWEST = 7
 _COPY, _ADD = 'multi-tensor copy', 'multi-tensor add'
 _MOVED = {_COPY: 2, _ADD: 3}  # reads and writes
@@ -272,23 +268,11 @@ def _timed(spent: dict[str, float]) -> Iterator[None]:
             setattr(owner, name, function)
 
 
-def _apart(allocator: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function's result in a fresh process, whose C library was told at its start what to do with freed memory."""
-    found = dict(os.environ)
-    for key in _KEEP:
-        os.environ.pop(key, None)
-    os.environ.update(ALLOCATORS[allocator])
-    try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
-            return pool.submit(function, *arguments).result()
-    finally:
-        os.environ.clear()
-        os.environ.update(found)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--sizes', nargs='*', default=SIZES, type=_size, metavar='TENSORSxPARAMETERS')
+    parser.add_argument(
+        '--sizes', nargs='*', default=[_size(size) for size in SIZES], type=_size, metavar='TENSORSxPARAMETERS'
+    )
     parser.add_argument('--models', nargs='*', default=['resnet18', 'vit_b_16'], help='names of torchvision models')
     parser.add_argument('--methods', nargs='+', default=list(METHODS), choices=list(METHODS))
     parser.add_argument('--base', nargs='+', default=['SGD'], choices=sorted(BASES))
@@ -307,16 +291,16 @@ def main() -> None:
     parts = Table('Where the time goes', ('model', 'base', 'method', 'part', 'µs'))
     for base in options.base:
         for tensors, parameters in options.sizes:
-            measure = functools.partial(_apart, 'keeps', _measured, (tensors, parameters), base, options)
+            measure = functools.partial(apart, 'keeps', _measured, (tensors, parameters), base, options)
             for row in report.case(f'{tensors} tensors, {parameters:.0e} parameters, {base}', measure):
                 sizes.add(tensors, parameters, *row)
         for model in options.models:
             for allocator in ALLOCATORS:
-                measure = functools.partial(_apart, allocator, _measured, model, base, options)
+                measure = functools.partial(apart, allocator, _measured, model, base, options)
                 for row in report.case(f'{model}, {allocator}, {base}', measure):
                     models.add(model, allocator, *row)
             if options.breakdown:
-                for row in _apart('keeps', _broken_down, model, base, options):
+                for row in apart('keeps', _broken_down, model, base, options):
                     parts.add(*row)
     for table in (sizes, models, parts):
         if table.rows:

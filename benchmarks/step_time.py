@@ -1,11 +1,13 @@
 """Whole steps: the base optimizer's, ours, and those of the SAMs there are besides.
 
-Through Composer's Trainer in three settings, and in a plain loop without it:
+Through Composer's Trainer, and in a plain loop without it:
 
 - ``trainer``: one process.
-- ``compile``: one process, the model compiled by the Trainer with torch.compile's defaults.
+- ``compile``: the same with one thread, the model compiled by the Trainer with torch.compile's defaults. (With two
+  threads torch 2.7's Inductor writes C++ for BatchNorm that does not compile.)
 - ``ddp``: two processes of one thread each under DistributedDataParallel on gloo, each with half of every batch.
 - ``plain``: one process, a loop of one's own, against pytorch_optimizer.
+- ``default``: as ``trainer``, with the C library's own ways with freed memory; all others keep it (see allocator.py).
 
 All variants of a model and a setting take their steps in turn in the same processes, in an order drawn anew every
 round, and a step is compared with the base step of its own round. With an interval of k what is compared is every
@@ -22,15 +24,13 @@ import argparse
 import functools
 import gc
 import importlib.metadata
-import itertools
 import json
 import os
 import random
 import signal
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
@@ -38,25 +38,20 @@ from typing import Any
 
 import torch
 import torch._dynamo.config
-import torch._inductor.config
 import torch.distributed as dist
-from composer import Logger, State
-from composer.algorithms import SAM as ComposerSAM
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.optim import SGD
+from torch import nn
+from torch._inductor.utils import fresh_inductor_cache
 
+from benchmarks.allocator import apart
 from benchmarks.measure import median, spread
 from benchmarks.report import Report, Table
-from benchmarks.workloads import Batches, Clock, cifar_resnet18, digits_batches, digits_mlp, make_trainer, small_vit
-from composer_sam import GAM, SAM, WSAM, SharpnessAwareOptimizer
-from composer_sam.algorithm import SharpnessAware
+from benchmarks.step_variants import Run, Variant, plain_variants, trainer_variants
+from benchmarks.workloads import Batches, cifar_resnet18, digits_batches, digits_mlp, small_vit
 
 CPU = torch.device('cpu')
 INTERVALS = (1, 2, 5, 10)
-SETTINGS = ('trainer', 'compile', 'ddp', 'plain')
+SETTINGS = ('trainer', 'compile', 'ddp', 'plain', 'default')
 RANKS = 2
-BASE: dict[str, Any] = {'lr': 0.01, 'momentum': 0.9, 'weight_decay': 5e-4}
 COLUMNS = ('model', 'setting', 'variant', 'ms per step', '± ms', 'x base', '± x', 'limit', 'over the limit')
 
 
@@ -74,172 +69,37 @@ MODELS = {
     'mlp': Model(
         digits_mlp,
         lambda: digits_batches(64, 8),
-        {'trainer': (150, INTERVALS), 'compile': (150, INTERVALS), 'ddp': (150, INTERVALS), 'plain': (300, ())},
+        {
+            'trainer': (150, INTERVALS),
+            'compile': (150, INTERVALS),
+            'ddp': (150, INTERVALS),
+            'plain': (300, ()),
+            'default': (150, (1,)),
+        },
     ),
     'vit': Model(
         small_vit,
         lambda: Batches(32, 8, (3, 32, 32), CPU),
-        {'trainer': (12, (1, 10)), 'compile': (8, (1,)), 'ddp': (8, (1,)), 'plain': (6, ())},
+        {
+            'trainer': (14, INTERVALS),
+            'compile': (10, (1, 10)),
+            'ddp': (10, (1, 10)),
+            'plain': (10, ()),
+            'default': (10, (1,)),
+        },
     ),
     'resnet18': Model(
         cifar_resnet18,
         lambda: Batches(32, 8, (3, 32, 32), CPU),
-        {'trainer': (12, INTERVALS), 'compile': (11, (1, 10)), 'ddp': (11, (1, 10)), 'plain': (6, ())},
+        {
+            'trainer': (16, INTERVALS),
+            'compile': (10, (1, 10)),
+            'ddp': (10, (1, 10)),
+            'plain': (10, ()),
+            'default': (10, (1,)),
+        },
     ),
 }
-
-
-@dataclass
-class Run:
-    """One variant: takes a step at a time and notes its seconds, and those ``outside`` of forward and backward."""
-
-    step: Callable[[], object]
-    seconds: list[float]
-    outside: list[float] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What makes network, optimizer and the steps; passes and interval of those that perturb; whom to compare with."""
-
-    start: Callable[[], Run]
-    passes: int = 1
-    interval: int = 1
-    peer: str | None = None
-
-
-class StepClock(Clock):
-    """Times a Trainer's steps and, of each, what is not forward and backward; ranks begin a step together."""
-
-    def __init__(self) -> None:
-        super().__init__(CPU)
-        self.outside: list[float] = []
-        self._in_passes = self._pass_began = 0.0
-
-    def batch_start(self, state: State, logger: Logger) -> None:
-        self._in_passes = 0.0
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.barrier()
-        super().batch_start(state, logger)
-
-    def before_forward(self, state: State, logger: Logger) -> None:
-        del state, logger
-        self._pass_began = time.perf_counter()
-
-    def after_backward(self, state: State, logger: Logger) -> None:
-        del state, logger
-        self._in_passes += time.perf_counter() - self._pass_began
-
-    def batch_end(self, state: State, logger: Logger) -> None:
-        super().batch_end(state, logger)
-        self.outside.append(self.seconds[-1] - self._in_passes)
-
-
-def trainer_variants(model: Model, intervals: Sequence[int], batches: Batches, **options: Any) -> dict[str, Variant]:
-    """Through Composer's Trainer."""
-
-    def start(algorithm: Callable[[], Any] | None) -> Run:
-        torch.manual_seed(0)
-        clock = StepClock()
-        algorithms = [] if algorithm is None else [algorithm()]
-        trainer = make_trainer(model.build(), batches, algorithms, BASE['lr'], callbacks=[clock], **options)
-        return Run(lambda: trainer.fit(duration='1ba'), clock.seconds, clock.outside)
-
-    found = {name: Variant(functools.partial(start, None)) for name in ('base', 'base again')}
-    for k in intervals:
-        ours, theirs = (name if k == 1 else f'{name}, interval {k}' for name in ('SAM', "Composer's SAM"))
-        found[ours] = Variant(functools.partial(start, lambda k=k: SAM(interval=k)), 2, k, theirs)
-        found[theirs] = Variant(functools.partial(start, lambda k=k: ComposerSAM(interval=k)), 2, k)
-    return found | {
-        method.__name__: Variant(functools.partial(start, method), method().passes) for method in (WSAM, GAM)
-    }
-
-
-Step = Callable[[Tensor, Tensor], object]
-
-
-def plain_variants(model: Model, batches: Batches) -> dict[str, Variant]:
-    """In a loop without Composer."""
-
-    def start(make: Callable[[nn.Module], Step]) -> Run:
-        torch.manual_seed(0)
-        step, stream, seconds = make(model.build()), itertools.cycle(batches), []
-
-        def timed() -> None:
-            x, y = next(stream)
-            begin = time.perf_counter()
-            step(x, y)
-            seconds.append(time.perf_counter() - begin)
-
-        return Run(timed, seconds)
-
-    def of(make: Callable[[nn.Module], Step], passes: int = 2, peer: str | None = None) -> Variant:
-        return Variant(functools.partial(start, make), passes, peer=peer)
-
-    sam, wsam = "pytorch_optimizer's SAM", "pytorch_optimizer's WSAM"
-    return {
-        'base': of(_base, 1),
-        'base again': of(_base, 1),
-        'SAM, closure': of(lambda net: _closure(net, SAM()), peer=sam),
-        'SAM, two calls': of(lambda net: _two_calls(net, SAM()), peer=sam),
-        sam: of(_their_sam),
-        'WSAM, closure': of(lambda net: _closure(net, WSAM()), peer=wsam),
-        wsam: of(_their_wsam),
-    }
-
-
-def _backward(net: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Any:
-    optimizer.zero_grad()
-    loss = cross_entropy(net(x), y)
-    loss.backward()
-    return loss
-
-
-def _base(net: nn.Module) -> Step:
-    optimizer = SGD(net.parameters(), **BASE)
-
-    def step(x: Tensor, y: Tensor) -> None:
-        _backward(net, optimizer, x, y)
-        optimizer.step()
-
-    return step
-
-
-def _closure(net: nn.Module, method: SharpnessAware) -> Step:
-    optimizer = SharpnessAwareOptimizer(SGD(net.parameters(), **BASE), method, net)
-    return lambda x, y: optimizer.step(functools.partial(_backward, net, optimizer, x, y))
-
-
-def _two_calls(net: nn.Module, method: SharpnessAware) -> Step:
-    optimizer = SharpnessAwareOptimizer(SGD(net.parameters(), **BASE), method, net)
-
-    def step(x: Tensor, y: Tensor) -> None:
-        cross_entropy(net(x), y).backward()
-        optimizer.first_step(zero_grad=True)
-        cross_entropy(net(x), y).backward()
-        optimizer.second_step(zero_grad=True)
-
-    return step
-
-
-def _their_sam(net: nn.Module) -> Step:
-    from pytorch_optimizer import SAM
-
-    optimizer = SAM(net.parameters(), SGD, rho=0.05, **BASE)
-
-    def step(x: Tensor, y: Tensor) -> None:
-        closure = functools.partial(_backward, net, optimizer, x, y)
-        closure()  # its first pass is the caller's
-        optimizer.step(closure)
-
-    return step
-
-
-def _their_wsam(net: nn.Module) -> Step:
-    from pytorch_optimizer import WSAM
-
-    optimizer = WSAM(net, net.parameters(), SGD, rho=0.05, **BASE)
-    return lambda x, y: optimizer.step(functools.partial(_backward, net, optimizer, x, y))
 
 
 def measured(variants: dict[str, Variant], rounds: int) -> list[list[Any]]:
@@ -291,23 +151,25 @@ def _ratios(own: Sequence[float], other: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(own, other, strict=True)]
 
 
-def rows(name: str, setting: str, intervals: Sequence[int], rounds: float) -> list[list[Any]]:
+def rows(name: str, setting: str, intervals: Sequence[int], rounds: float, threads: int) -> list[list[Any]]:
     """The rows of one model in one setting."""
+    torch.set_num_threads(threads)
     model = MODELS[name]
     planned, of_plan = model.plan[setting]
     intervals = [k for k in intervals if k in of_plan]
     count = max(round(rounds * planned), 1 + max(intervals, default=1))  # at least two stretches of every interval
     if setting == 'plain':
-        return measured(plain_variants(model, model.batches()), count)
-    if setting == 'trainer':
-        return measured(trainer_variants(model, intervals, model.batches()), count)
+        return measured(plain_variants(model.build, model.batches()), count)
+    if setting in ('trainer', 'default'):
+        return measured(trainer_variants(model.build, intervals, model.batches()), count)
     if setting == 'compile':
         torch._dynamo.reset()
         # One code serves the networks of all variants. What would not be compiled any more is an error, not slower.
         dynamo = torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
-        # Inductor's cache on disk hands out code made for another number of threads, unless told the number.
-        with dynamo, torch._inductor.config.patch({'cpp.threads': torch.get_num_threads()}):
-            return measured(trainer_variants(model, intervals, model.batches(), compile_config={}), count)
+        torch.set_num_threads(1)
+        # Inductor's cache on disk hands out code made for another number of threads.
+        with dynamo, fresh_inductor_cache():
+            return measured(trainer_variants(model.build, intervals, model.batches(), compile_config={}), count)
     with tempfile.TemporaryDirectory() as folder:
         # A rank that fails, or the end of this process, ends the other ranks.
         torch.multiprocessing.spawn(_rank, (name, intervals, count, folder), nprocs=RANKS, daemon=True)
@@ -325,7 +187,7 @@ def _rank(rank: int, name: str, intervals: Sequence[int], rounds: int, folder: s
     batches = model.batches()
     batches[:] = [(x.chunk(RANKS)[rank], y.chunk(RANKS)[rank]) for x, y in batches]
     batches.batch_size //= RANKS
-    found = measured(trainer_variants(model, intervals, batches), rounds)
+    found = measured(trainer_variants(model.build, intervals, batches), rounds)
     if rank == 0:
         Path(folder, 'rows').write_text(json.dumps(found))
     dist.barrier()
@@ -372,7 +234,9 @@ def main() -> None:
     for model in options.models:
         for setting in options.settings:
             key = f'{model}, {setting}'
-            for row in report.case(key, lambda m=model, s=setting: rows(m, s, options.intervals, options.rounds)):
+            case = functools.partial(rows, model, setting, options.intervals, options.rounds, options.threads)
+            allocator = 'default' if setting == 'default' else 'keeps'
+            for row in report.case(key, functools.partial(apart, allocator, case)):
                 # Nothing tells a plain loop's passes from the rest.
                 shown = [*row[:-2], row[-1]] if setting == 'plain' else row
                 tables['plain' if setting == 'plain' else 'Trainer'].add(model, setting, *shown)
