@@ -23,7 +23,7 @@ __all__ = ['FILES', 'filled', 'main']
 ROOT = Path(__file__).resolve().parents[1]
 FILES = (ROOT / 'README.md', ROOT / 'docs' / 'choosing.md')
 _MARKED = re.compile(r'(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)', re.DOTALL)
-MODELS = {'resnet18': 'CIFAR ResNet-18', 'vit': 'small ViT', 'mlp': 'digits MLP'}
+MODELS = {'resnet18': 'ResNet-18', 'vit': 'ViT', 'mlp': 'MLP'}
 
 Row = dict[str, Any]
 
@@ -58,31 +58,10 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 
 
-def costs() -> str:
-    """README: what a step, its memory and its traffic cost, beside the others."""
-    rows = [*_steps(), *_optimizer_side(), *_memory(), *_traffic(), *_curvature(), *_gpu()]
+def results() -> str:
+    """README: what a step costs, in time, memory and traffic, and what it brings, beside the others."""
+    rows = [*_steps(), *_optimizer_side(), *_memory(), *_traffic(), *_curvature(), *_gpu(), *_worth()]
     return table(('what', 'composer_sam', 'beside it', 'report'), rows)
-
-
-def worth() -> str:
-    """README: what it brings."""
-    rows = []
-    for row in _tested():
-        if row['method'] != 'SAM' or row['knob']:
-            continue
-        plain = _plain(row['task'])
-        rows.append(
-            (
-                row['task'],
-                _accuracy(plain),
-                f'{_accuracy(row)} ({row["variant"].removeprefix("SAM, ")})',
-                f'{row["cost"]:.2f}x',
-                _gain(row, 'gain at equal epochs', '± 95%'),
-                _gain(row, 'gain at equal compute', '± 95% there'),
-            )
-        )
-    columns = ('task', 'SGD', 'SAM', 'cost', 'gain at equal epochs', 'gain at equal compute')
-    return table(columns, rows)
 
 
 def accuracies() -> str:
@@ -119,31 +98,30 @@ def radii() -> str:
 
 
 def _steps() -> Iterator[Sequence[str]]:
-    figures, report = Figures('step_time'), link('step_time', '')
+    figures = Figures('step_time')
     through, plain = "Whole steps through Composer's Trainer", 'Whole steps in a plain loop'
 
-    def ratio(row: Row) -> str:
-        return f'{row["x base"]:.2f}x ± {row["± x"]:.2f}'
+    def ratios(title: str, setting: str, variant: str) -> str:
+        found = {m: figures.rows(title, model=m, setting=setting, variant=variant) for m in MODELS}
+        return ', '.join(
+            f'{MODELS[m]} {row["x base"]:.2f}x ± {row["± x"]:.2f}' for m, rows in found.items() for row in rows
+        )
 
-    def line(what: str, row: Row, beside: str) -> Sequence[str]:
-        return f'{what} (limit {row["limit"]:.2f}x the base step)', ratio(row), beside, report
+    def line(what: str, setting: str, variant: str, peer: str = '', title: str = through) -> Sequence[str]:
+        limit = figures.row(title, model='mlp', setting=setting, variant=variant)['limit']
+        beside = f'{peer.partition(",")[0]}: {ratios(title, setting, peer)}' if peer else ''
+        what = f'{what}, x the base step (limit {limit:.2f}x)'
+        return what, ratios(title, setting, variant), beside, link('step_time', '')
 
-    settings = {'trainer': 'one process', 'compile': 'torch.compile', 'ddp': 'two processes, DDP'}
-    for model, name in MODELS.items():
-        for setting, where in settings.items():
-            for interval in ('', ', interval 10'):
-                ours = figures.rows(through, model=model, setting=setting, variant=f'SAM{interval}')
-                theirs = figures.rows(through, model=model, setting=setting, variant=f"Composer's SAM{interval}")
-                # With an interval one row says it: the settings differ in the passes, not in their number.
-                if ours and not (interval and setting != 'trainer'):
-                    yield line(f'SAM{interval}, {name}, {where}', ours[0], f"Composer's SAM {ratio(theirs[0])}")
-        for method in ('WSAM', 'GAM'):
-            row = figures.row(through, model=model, setting='trainer', variant=method)
-            again = figures.row(through, model=model, setting='trainer', variant='base again')
-            yield line(f'{method}, {name}, one process', row, f'a second base run {ratio(again)}')
-        theirs = figures.row(plain, model=model, variant="pytorch_optimizer's SAM")
-        row = figures.row(plain, model=model, variant='SAM, two calls')
-        yield line(f'SAM in two calls, {name}, plain loop', row, f"pytorch_optimizer's SAM {ratio(theirs)}")
+    yield line('SAM step', 'trainer', 'SAM', "Composer's SAM")
+    yield line('the same, `interval=10`', 'trainer', 'SAM, interval 10', "Composer's SAM, interval 10")
+    yield line('the same, compiled', 'compile', 'SAM', "Composer's SAM")
+    yield line('the same, two processes (DDP)', 'ddp', 'SAM', "Composer's SAM")
+    yield line("the same, with the C library's own allocator", 'default', 'SAM', "Composer's SAM")
+    yield line('the same, two calls in a plain loop', 'plain', 'SAM, two calls', "pytorch_optimizer's SAM", plain)
+    yield line('WSAM step', 'trainer', 'WSAM')
+    yield line('GAM step', 'trainer', 'GAM')
+    yield line('a second base run: the noise', 'trainer', 'base again')
 
 
 def _optimizer_side() -> Iterator[Sequence[str]]:
@@ -213,6 +191,21 @@ def _gpu() -> Iterator[Sequence[str]]:
         )
 
 
+def _worth() -> Iterator[Sequence[str]]:
+    for row in _tested():
+        if row['method'] == 'SAM' and not row['knob']:
+            equal, fair = (
+                _gain(row, 'gain at equal epochs', '± 95%'),
+                _gain(row, 'gain at equal compute', '± 95% there'),
+            )
+            yield (
+                f'accuracy, {row["task"]}',
+                f'{row["variant"]}: {_accuracy(row)}, gain {equal} points at equal epochs, {fair} at equal compute',
+                f'SGD: {_accuracy(_plain(row["task"]))}',
+                link('quality', ''),
+            )
+
+
 def _tested() -> list[Row]:
     return Figures('quality').rows('Accuracy at equal epochs and at equal compute')
 
@@ -230,8 +223,7 @@ def _gain(row: Row, gain: str, half: str) -> str:
 
 
 FIGURES: dict[str, Callable[[], str]] = {
-    'costs': costs,
-    'worth': worth,
+    'results': results,
     'accuracies': accuracies,
     'intervals': intervals,
     'radii': radii,

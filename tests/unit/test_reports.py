@@ -22,8 +22,8 @@ def test_figures_are_those_of_the_reports(file: Path) -> None:
 
 
 def test_a_figure_typed_by_hand_is_replaced() -> None:
-    marked = '<!-- figures: costs -->\nSAM costs nothing\n<!-- end of figures -->\n'
-    assert filled(marked) == f'<!-- figures: costs -->\n{FIGURES["costs"]()}<!-- end of figures -->\n'
+    marked = '<!-- figures: results -->\nSAM costs nothing\n<!-- end of figures -->\n'
+    assert filled(marked) == f'<!-- figures: results -->\n{FIGURES["results"]()}<!-- end of figures -->\n'
 
 
 @pytest.fixture
