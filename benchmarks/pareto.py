@@ -43,10 +43,10 @@ def draw(report: dict[str, Any]) -> Figure:
     across = min(3, len(tasks))
     down = -(-len(tasks) // across)
     figure = Figure(figsize=(4.4 * across, 3.8 * down + 0.6), layout='constrained')
-    axes = figure.subplots(down, across, squeeze=False).flat
+    axes = list(figure.subplots(down, across, squeeze=False).flat)
     for axis, task in zip(axes, tasks, strict=False):
         _panel(axis, task, [row for row in rows if row['task'] == task])
-    for axis in list(axes)[len(tasks) :]:
+    for axis in axes[len(tasks) :]:
         axis.remove()
     drawn = [axis.get_legend_handles_labels() for axis in figure.axes]
     entries = {label: handle for handles, labels in drawn for handle, label in zip(handles, labels, strict=True)}
