@@ -162,7 +162,7 @@ def _two_calls(net: nn.Module, method: SharpnessAware) -> Step:
 
 
 def _their_sam(net: nn.Module) -> Step:
-    from pytorch_optimizer import SAM
+    from pytorch_optimizer import SAM  # pyright: ignore[reportMissingImports]
 
     optimizer = SAM(net.parameters(), SGD, rho=0.05, **BASE)
 
@@ -175,7 +175,7 @@ def _their_sam(net: nn.Module) -> Step:
 
 
 def _their_wsam(net: nn.Module) -> Step:
-    from pytorch_optimizer import WSAM
+    from pytorch_optimizer import WSAM  # pyright: ignore[reportMissingImports]
 
     optimizer = WSAM(net, net.parameters(), SGD, rho=0.05, **BASE)
     return lambda x, y: optimizer.step(functools.partial(_backward, net, optimizer, x, y))
