@@ -29,9 +29,9 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.workloads import Batches, make_trainer
 from composer_sam import SharpnessAwareOptimizer, registry
 from composer_sam.algorithm import Moment, SharpnessAware
+from composer_sam.counting import count
 from composer_sam.distributed import Layout
-from composer_sam.step import PlainStep, Step
-from composer_sam.vectors import Vector
+from composer_sam.step import PlainStep
 
 __all__ = [
     'STRATEGIES',
@@ -99,39 +99,32 @@ class Needs:
     summed: int = 0
 
 
-class _NotedStep(Step):
-    means = 0
-
-    def mean(self, x: Vector) -> Vector:
-        self.means += 1
-        return super().mean(x)
-
-
 class _NotedLayout(Layout):
-    noted: tuple[int, ...] = ()
+    def __init__(self, noted: list[int], parameters: Any):
+        super().__init__(parameters)
+        self._noted = noted
 
     def sums(self, columns: Any, where: Any) -> list[Tensor]:
-        self.noted += (len(columns),)
+        self._noted.append(len(columns))
         return super().sums(columns, where)
 
 
 def needs(variant: Variant) -> Needs:
     """What a method asks for from one perturbed step to the next, noted on the rule itself as it runs."""
-    model, method = nn.Linear(1, 1), variant.method
-    layout = _NotedLayout(list(model.parameters()))
-    passes = reduced = means = 0
+    method, noted = variant.method, []
+    counts = []
     for number in range(variant.interval):
         moment = Moment(batch=number)
-        perturbs = method is not None and method.perturbs(moment)
-        rule = method.resolved(moment, []) if method is not None and perturbs else PlainStep()
-        step = _NotedStep(rule, layout, {}, model, number)
-        with step:
-            for request in step.passes():
-                model(torch.ones(3, 1)).square().sum().backward(create_graph=request.graph)
-                passes += 1
-                reduced += request.sync
-        means += step.means
-    return Needs(variant.interval, passes, reduced, means, len(layout.noted), sum(layout.noted))
+        rule = method.resolved(moment, []) if method is not None and method.perturbs(moment) else PlainStep()
+        counts.append(count(rule, number, functools.partial(_NotedLayout, noted)))
+    return Needs(
+        variant.interval,
+        sum(found.passes for found in counts),
+        sum(found.synchronised for found in counts),
+        sum(found.averages for found in counts),
+        len(noted),
+        sum(noted),
+    )
 
 
 # What follows from it, on paper.

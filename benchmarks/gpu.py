@@ -22,7 +22,7 @@ from composer.algorithms import SAM as ComposerSAM
 from composer.algorithms import ChannelsLast
 
 from benchmarks.gpu_checks import check_compile, check_graphs, check_oom
-from benchmarks.measure import median, spread
+from benchmarks.measure import median, ratios, spread
 from benchmarks.memory import COLUMNS as MEMORY_COLUMNS
 from benchmarks.memory import NOTE as MEMORY_NOTE
 from benchmarks.memory import memory_rows
@@ -109,7 +109,7 @@ def step_time(options: argparse.Namespace, device: torch.device) -> Table:
         base = trainers['base'][1].seconds
         for name in names:
             own = trainers[name][1].seconds
-            ratio = median([a / b for a, b in zip(own, base, strict=True)])
+            ratio = median(ratios(own, base))
             table.add(size, name, 1e3 * median(own), 1e3 * spread(own), ratio)
     return table
 

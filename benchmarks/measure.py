@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ['Samples', 'interleaved', 'median', 'spread']
+__all__ = ['Samples', 'interleaved', 'median', 'ratios', 'spread']
 
 
 @dataclass
@@ -62,6 +62,11 @@ def interleaved(
 
 def median(values: Sequence[float]) -> float:
     return statistics.median(values)
+
+
+def ratios(own: Sequence[float], base: Sequence[float]) -> list[float]:
+    """One to the other, round by round."""
+    return [a / b for a, b in zip(own, base, strict=True)]
 
 
 def spread(values: Sequence[float]) -> float:

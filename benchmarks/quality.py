@@ -25,6 +25,7 @@ import torch
 from scipy import stats
 
 from benchmarks.cifar import image_folder, small_folder
+from benchmarks.measure import ratios
 from benchmarks.quality_runs import VALIDATION, Candidate, Outcome, Task, train
 from benchmarks.report import WORK, Report, Table, code
 
@@ -176,8 +177,7 @@ def add(found: dict[str, Any], validation: Table, tested: Table) -> None:
 
 
 def _cost(row: dict[str, Any], base: dict[str, Any]) -> float:
-    ratios = [own / other for own, other in zip(row['milliseconds'], base['milliseconds'], strict=True)]
-    return statistics.median(ratios) * row['steps'] / base['steps']
+    return statistics.median(ratios(row['milliseconds'], base['milliseconds'])) * row['steps'] / base['steps']
 
 
 def _gain(row: dict[str, Any], base: dict[str, Any]) -> tuple[float, float]:

@@ -15,18 +15,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import os
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing
 from torch import nn
 
@@ -42,10 +35,12 @@ from benchmarks.collectives import (
     needs,
     sharded,
 )
-from benchmarks.measure import interleaved, median, spread
+from benchmarks.measure import interleaved, median, ratios, spread
+from benchmarks.ranks import on_ranks
 from benchmarks.report import Report, Table
 from benchmarks.workloads import Batches, Clock, make_trainer
 from composer_sam import registry
+from composer_sam.recipes.models import mlp
 
 SECTIONS = ('measured', 'paper', 'checked')
 SECONDS = 300  # for everything a set of ranks does
@@ -74,50 +69,12 @@ CHECKED = ('model is', 'ranks', 'variant', 'steps', 'predicted', 'counted', 'byt
 TRAINER = ('ranks', 'variant', 'steps', 'predicted without', 'counted', "Composer's own", 'predicted own', 'equal')
 
 
-def mlp(depth: int, width: int) -> nn.Module:
-    layers: list[nn.Module] = [nn.Linear(64, width), nn.ReLU()]
-    for _ in range(depth):
-        layers += [nn.Linear(width, width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(width, 10))
+def stack(depth: int, width: int) -> nn.Module:
+    return mlp([64, *[width] * (depth + 1), 10])
 
 
-# Processes.
-
-
-def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> Any:
-    """What ``function(*arguments)`` returned on rank 0 of new gloo processes; they are gone afterwards, however it
-    ended.
-
-    Raises:
-        RuntimeError: they were not done in time. What a rank raised is raised here, with its traceback.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        started: Any = torch.multiprocessing.start_processes(
-            _rank, (ranks, folder, function, arguments), ranks, join=False, daemon=True, start_method='spawn'
-        )
-        deadline = time.monotonic() + SECONDS
-        try:
-            while not started.join(timeout=1):
-                if time.monotonic() > deadline:
-                    raise RuntimeError(f'{ranks} ranks were not done in {SECONDS} s')
-        finally:
-            for process in started.processes:
-                process.kill()
-        return json.loads((Path(folder) / 'found').read_text())
-
-
-def _rank(rank: int, ranks: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    # Composer asks the environment, not torch, for these.
-    places = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': ranks, 'LOCAL_WORLD_SIZE': ranks, 'NODE_RANK': 0}
-    os.environ.update({name: str(value) for name, value in places.items()})
-    torch.set_num_threads(1)
-    patience = timedelta(seconds=SECONDS / 4)
-    dist.init_process_group('gloo', f'file://{folder}/rendezvous', patience, world_size=ranks, rank=rank)
-    found = function(*arguments)
-    if rank == 0:
-        (Path(folder) / 'found').write_text(json.dumps(found))
-    dist.barrier()
-    os._exit(0)  # not destroy_process_group(): it may wait for ever for gloo's threads
+def on_limited_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    return on_ranks(ranks, function, *arguments, patience=SECONDS / 4, seconds=SECONDS)
 
 
 # Measured.
@@ -134,7 +91,7 @@ def measured(
     for name, variant in variants.items():
         clocks[name] = Clock(device)
         trainer = make_trainer(
-            mlp(depth, width),
+            stack(depth, width),
             batches,
             variant.algorithms,
             callbacks=[clocks[name]],
@@ -151,8 +108,8 @@ def measured(
 
 
 def _figures(own: Sequence[float], base: Sequence[float]) -> tuple[float, ...]:
-    ratios = [a / b for a, b in zip(own, base, strict=True)]
-    return 1e3 * median(own), 1e3 * spread(own), median(ratios), spread(ratios)
+    of_base = ratios(own, base)
+    return 1e3 * median(own), 1e3 * spread(own), median(of_base), spread(of_base)
 
 
 def add_measured(report: Report, interval: int, rounds: int) -> None:
@@ -183,8 +140,8 @@ def add_measured(report: Report, interval: int, rounds: int) -> None:
             rows = report.case(key, functools.partial(measured, *arguments))
         else:
             key += f', {processes} processes'
-            rows = report.case(key, functools.partial(on_ranks, processes, measured, *arguments))
-        parameters = list(mlp(depth, width).parameters())
+            rows = report.case(key, functools.partial(on_limited_ranks, processes, measured, *arguments))
+        parameters = list(stack(depth, width).parameters())
         size = len(parameters), sum(p.numel() for p in parameters)
         for row in rows:
             table.add(grows, f'{depth} x {width}', *size, micro_batches, processes or 1, *row)
@@ -330,7 +287,7 @@ def add_checked(report: Report, variants: Sequence[Variant]) -> bool:
     )
     for ranks in CHECKED_RANKS:
         plain = 0
-        run = functools.partial(on_ranks, ranks, checks, variants, ranks)
+        run = functools.partial(on_limited_ranks, ranks, checks, variants, ranks)
         for strategy, index, of in report.case(f'collectives of {ranks} processes', run):
             variant = variants[index]
             predicted, found = ([Collective(**one) for one in of[side]] for side in ('predicted', 'counted'))

@@ -24,15 +24,9 @@ import argparse
 import functools
 import gc
 import importlib.metadata
-import json
-import os
 import random
-import signal
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -43,7 +37,8 @@ from torch import nn
 from torch._inductor.utils import fresh_inductor_cache
 
 from benchmarks.allocator import apart
-from benchmarks.measure import median, spread
+from benchmarks.measure import median, ratios, spread
+from benchmarks.ranks import on_ranks
 from benchmarks.report import Report, Table
 from benchmarks.step_variants import Run, Variant, plain_variants, trainer_variants
 from benchmarks.workloads import Batches, cifar_resnet18, digits_batches, digits_mlp, small_vit
@@ -64,41 +59,22 @@ class Model:
     plan: Mapping[str, tuple[int, Sequence[int]]]
 
 
-# A round of resnet18 takes ten seconds: where intervals are left out it is to bound the time of a run.
+def of_images(build: Callable[[], nn.Module], rounds: int) -> Model:
+    """A round takes seconds: where intervals are left out it is to bound the time of a run."""
+    few = (10, (1, 10))
+    plan = {'trainer': (rounds, INTERVALS), 'compile': few, 'ddp': few, 'plain': (10, ()), 'default': (10, (1,))}
+    return Model(build, lambda: Batches(32, 8, (3, 32, 32), CPU), plan)
+
+
+_EVERY = (150, INTERVALS)
 MODELS = {
     'mlp': Model(
         digits_mlp,
         lambda: digits_batches(64, 8),
-        {
-            'trainer': (150, INTERVALS),
-            'compile': (150, INTERVALS),
-            'ddp': (150, INTERVALS),
-            'plain': (300, ()),
-            'default': (150, (1,)),
-        },
+        {'trainer': _EVERY, 'compile': _EVERY, 'ddp': _EVERY, 'plain': (300, ()), 'default': (150, (1,))},
     ),
-    'vit': Model(
-        small_vit,
-        lambda: Batches(32, 8, (3, 32, 32), CPU),
-        {
-            'trainer': (14, INTERVALS),
-            'compile': (10, (1, 10)),
-            'ddp': (10, (1, 10)),
-            'plain': (10, ()),
-            'default': (10, (1,)),
-        },
-    ),
-    'resnet18': Model(
-        cifar_resnet18,
-        lambda: Batches(32, 8, (3, 32, 32), CPU),
-        {
-            'trainer': (16, INTERVALS),
-            'compile': (10, (1, 10)),
-            'ddp': (10, (1, 10)),
-            'plain': (10, ()),
-            'default': (10, (1,)),
-        },
-    ),
+    'vit': of_images(small_vit, 14),
+    'resnet18': of_images(cifar_resnet18, 16),
 }
 
 
@@ -134,21 +110,17 @@ def measured(variants: dict[str, Variant], rounds: int) -> list[list[Any]]:
 def _figures(variant: Variant, name: str, runs: dict[str, Run]) -> list[Any]:
     k = variant.interval
     own, base = _stretches(runs[name].seconds, k), _stretches(runs['base'].seconds, k)
-    ratios = _ratios(own, base)
+    of_base = ratios(own, base)
     limit = 1 + (variant.passes - 1) / k
-    against = median(_ratios(own, _stretches(runs[variant.peer].seconds, k))) if variant.peer in runs else None
-    outside = median(_ratios(_stretches(runs[name].outside, k), base)) if runs[name].outside else None
+    against = median(ratios(own, _stretches(runs[variant.peer].seconds, k))) if variant.peer in runs else None
+    outside = median(ratios(_stretches(runs[name].outside, k), base)) if runs[name].outside else None
     ms = [1e3 * seconds for seconds in own]
-    over = median(ratios) - limit
-    return [median(ms), spread(ms), median(ratios), spread(ratios), limit, over, against, outside]
+    over = median(of_base) - limit
+    return [median(ms), spread(ms), median(of_base), spread(of_base), limit, over, against, outside]
 
 
 def _stretches(seconds: Sequence[float], k: int) -> list[float]:
     return [fmean(seconds[i : i + k]) for i in range(len(seconds) - k + 1)]
-
-
-def _ratios(own: Sequence[float], other: Sequence[float]) -> list[float]:
-    return [a / b for a, b in zip(own, other, strict=True)]
 
 
 def rows(name: str, setting: str, intervals: Sequence[int], rounds: float, threads: int) -> list[list[Any]]:
@@ -170,28 +142,15 @@ def rows(name: str, setting: str, intervals: Sequence[int], rounds: float, threa
         # Inductor's cache on disk hands out code made for another number of threads.
         with dynamo, fresh_inductor_cache():
             return measured(trainer_variants(model.build, intervals, model.batches(), compile_config={}), count)
-    with tempfile.TemporaryDirectory() as folder:
-        # A rank that fails, or the end of this process, ends the other ranks.
-        torch.multiprocessing.spawn(_rank, (name, intervals, count, folder), nprocs=RANKS, daemon=True)
-        return json.loads(Path(folder, 'rows').read_text())
+    return on_ranks(RANKS, _on_rank, name, intervals, count, patience=120)
 
 
-def _rank(rank: int, name: str, intervals: Sequence[int], rounds: int, folder: str) -> None:
-    ranks = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': RANKS, 'LOCAL_WORLD_SIZE': RANKS, 'NODE_RANK': 0}
-    os.environ.update({key: str(value) for key, value in ranks.items()})
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Composer's handler ends in order, which may take for ever
-    torch.set_num_threads(1)
-    store, patience = f'file://{folder}/store', timedelta(seconds=120)
-    dist.init_process_group('gloo', store, patience, RANKS, rank)
-    model = MODELS[name]
+def _on_rank(name: str, intervals: Sequence[int], rounds: int) -> list[list[Any]]:
+    model, rank = MODELS[name], dist.get_rank()
     batches = model.batches()
     batches[:] = [(x.chunk(RANKS)[rank], y.chunk(RANKS)[rank]) for x, y in batches]
     batches.batch_size //= RANKS
-    found = measured(trainer_variants(model.build, intervals, batches), rounds)
-    if rank == 0:
-        Path(folder, 'rows').write_text(json.dumps(found))
-    dist.barrier()
-    os._exit(0)  # gloo's threads may keep an orderly end waiting for ever
+    return measured(trainer_variants(model.build, intervals, batches), rounds)
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import composer_sam.placement
+from composer_sam.recipes.models import mlp
 
 __all__ = [
     'BASES',
@@ -61,9 +62,7 @@ def network(device: torch.device) -> nn.Module:
 
 def digits_mlp() -> nn.Module:
     """The MLP of the digits recipes."""
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
-    )
+    return mlp([64, 256, 256, 10])
 
 
 def small_vit() -> nn.Module:

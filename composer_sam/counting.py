@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +18,22 @@ __all__ = ['Count', 'count']
 
 @dataclass
 class Count:
-    """What one step of a method takes: passes, and exchanges of gradients under DistributedDataParallel."""
+    """What one step of a method takes.
+
+    Attributes:
+        passes: Forward and backward.
+        synchronised: Those whose gradient is averaged over ranks.
+        averages: Of whole vectors, which the method takes itself.
+    """
 
     passes: int = 0
-    collectives: int = 0
+    synchronised: int = 0
+    averages: int = 0
+
+    @property
+    def collectives(self) -> int:
+        """Exchanges of gradients under DistributedDataParallel."""
+        return self.synchronised + self.averages
 
 
 class _CountingStep(Step):
@@ -31,19 +44,25 @@ class _CountingStep(Step):
         return super().mean(x)
 
 
-def count(method: Method) -> Count:
-    """Count on the rule itself, by running it on a model of one weight and one bias."""
+def count(method: Method, number: int = 0, make_layout: Callable[[list[nn.Parameter]], Layout] = Layout) -> Count:
+    """Count on the rule itself, by running it on a model of one weight and one bias.
+
+    Args:
+        method: The rule.
+        number: How many steps were taken before.
+        make_layout: Makes the layout the rule's sums over shards go through.
+    """
     model = nn.Linear(1, 1, device='meta').to_empty(device='cpu')  # initialising would draw random numbers
     for parameter in model.parameters():
         nn.init.ones_(parameter)
     selected = copy.copy(method)
     selected.parameters = None
     found = Count()
-    step = _CountingStep(selected, Layout(list(model.parameters())), {}, model)
+    step = _CountingStep(selected, make_layout(list(model.parameters())), {}, model, number)
     with step:
         for request in step.passes():
             model(torch.ones(3, 1)).square().sum().backward(create_graph=request.graph)
             found.passes += 1
-            found.collectives += request.sync
-        found.collectives += step.averages
+            found.synchronised += request.sync
+    found.averages = step.averages
     return found
