@@ -148,10 +148,6 @@ class Layout:
         device = totals[0].device
         return list(torch.stack([total.to(device) for total in totals]).sum(0))
 
-    def total(self, partials: Sequence[Tensor], where: Sequence[int]) -> Tensor:
-        """:meth:`sums` of one column."""
-        return self.sums([partials], where)[0]
-
     def totals(self, partials: Sequence[Tensor], where: Sequence[int]) -> list[Tensor]:
         """Each parameter's partial results, summed over the ranks that hold a shard of it."""
         own = dict(zip(where, partials, strict=True))

@@ -214,7 +214,7 @@ def share(condition: Callable[[Tensor, Tensor], Tensor], x: Vector, y: Vector) -
         counts[place] = torch.count_nonzero(condition(a, b))
         sizes[place] = torch.full_like(none[place], a.numel())
     # An entry for every parameter: ranks without any element take part with zeros of the same type.
-    count, size = (layout.total(list(of.values()), list(of)) for of in (counts, sizes))
+    count, size = layout.sums([list(counts.values()), list(sizes.values())], list(counts))
     return count / size.clamp(min=1)
 
 
