@@ -28,10 +28,11 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.workloads import Batches, make_trainer
 from composer_sam import SharpnessAwareOptimizer, registry
-from composer_sam.algorithm import Moment, SharpnessAware
-from composer_sam.counting import count
-from composer_sam.distributed import Layout
-from composer_sam.step import PlainStep
+from composer_sam.engine.counting import count
+from composer_sam.engine.moment import Moment
+from composer_sam.engine.rule import PlainRule
+from composer_sam.methods.base import SharpnessAware
+from composer_sam.vectors import Layout
 
 __all__ = [
     'STRATEGIES',
@@ -115,7 +116,8 @@ def needs(variant: Variant) -> Needs:
     counts = []
     for number in range(variant.interval):
         moment = Moment(batch=number)
-        rule = method.resolved(moment, []) if method is not None and method.perturbs(moment) else PlainStep()
+        through = method is not None and (method.perturbs(moment) or method.takes_every_step)
+        rule = method.resolved(moment, []) if method is not None and through else PlainRule()
         counts.append(count(rule, number, functools.partial(_NotedLayout, noted)))
     return Needs(
         variant.interval,

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from benchmarks.report import Table
 from benchmarks.workloads import Batches, forced_placement, make_trainer, network
 from composer_sam import SAM, SharpnessAwareOptimizer
-from composer_sam.algorithm import SharpnessAware
-from composer_sam.step import Direction, Pass, Passes, Step
+from composer_sam.engine.rule import Direction, Pass, Passes
+from composer_sam.engine.step import Step
+from composer_sam.methods.base import SharpnessAware
 from composer_sam.vectors import add, to_radius
 
 __all__ = ['check_compile', 'check_graphs', 'check_oom']

@@ -52,9 +52,9 @@ from benchmarks.optimizer_variants import (
 )
 from benchmarks.report import Report, Table
 from benchmarks.workloads import BASES, gradient_closure
-from composer_sam.controls import AttributeControl, BufferControl, RandomControl
-from composer_sam.placement import Placement
-from composer_sam.step import Step
+from composer_sam.engine.controls import AttributeControl, BufferControl, RandomControl
+from composer_sam.engine.placement import Placement
+from composer_sam.engine.transaction import Transaction
 
 __all__ = ['COLUMNS', 'NOTE', 'overhead_rows', 'torchvision_model']
 
@@ -255,7 +255,7 @@ def _timed(spent: dict[str, float]) -> Iterator[None]:
 
     originals = [
         (owner, name, function)
-        for owner in (Step, Placement, RandomControl, BufferControl, AttributeControl)
+        for owner in (Transaction, Placement, RandomControl, BufferControl, AttributeControl)
         for name, function in vars(owner).items()
         if inspect.isfunction(function) and not inspect.isgeneratorfunction(function)
     ]

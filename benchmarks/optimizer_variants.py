@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from benchmarks.workloads import forced_placement
 from composer_sam import SAM, SharpnessAwareOptimizer, registry
-from composer_sam.algorithm import SharpnessAware
+from composer_sam.methods.base import SharpnessAware
 
 __all__ = [
     'COMPOSER',

@@ -14,7 +14,7 @@ from typing import Any
 
 from composer_sam import registry
 from composer_sam.recipes import History, Recipe, build_trainer, load_recipe
-from composer_sam.runs import Report, share_cores, train_all, with_seed, write
+from composer_sam.studies.parallel import Report, share_cores, train_all, with_seed, write
 
 __all__ = ['Candidate', 'Outcome', 'Task', 'train']
 

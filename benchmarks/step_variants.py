@@ -19,7 +19,7 @@ from torch.optim import SGD
 
 from benchmarks.workloads import Batches, Clock, make_trainer
 from composer_sam import GAM, SAM, WSAM, SharpnessAwareOptimizer
-from composer_sam.algorithm import SharpnessAware
+from composer_sam.methods.base import SharpnessAware
 
 __all__ = ['Run', 'Variant', 'plain_variants', 'trainer_variants']
 

@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import composer_sam.placement
+import composer_sam.engine.placement
 from composer_sam.recipes.models import mlp
 
 __all__ = [
@@ -191,7 +191,7 @@ def gradient_closure(parameters: Sequence[Tensor], optimizer: Optimizer) -> Call
 @contextlib.contextmanager
 def forced_placement(placement: str) -> Iterator[None]:
     """``'copy'`` or ``'exchange'`` on every device; ``'default'`` is what the engine chooses."""
-    places: Any = composer_sam.placement
+    places: Any = composer_sam.engine.placement
     original = places.exchangeable
     if placement != 'default':
         places.exchangeable = lambda parameter: placement == 'exchange'

@@ -1,33 +1,41 @@
-"""Sharpness-aware training for MosaicML Composer and plain PyTorch."""
+"""Sharpness-aware training for plain PyTorch and MosaicML Composer."""
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from composer_sam.version import __version__
 
 if TYPE_CHECKING:
+    from composer_sam.engine.optimizer import SharpnessAwareOptimizer
     from composer_sam.methods import ASAM, GAM, SAM, WSAM, SAMDirection, SAMMagnitude, SGDHess, registry
-    from composer_sam.optimizer import SharpnessAwareOptimizer
+    from composer_sam.trainers.composer import GradientGeometryMonitor, SharpnessMonitor
 
 __all__ = [
     'ASAM',
     'GAM',
     'SAM',
     'WSAM',
+    'GradientGeometryMonitor',
     'SAMDirection',
     'SAMMagnitude',
     'SGDHess',
     'SharpnessAwareOptimizer',
+    'SharpnessMonitor',
     '__version__',
     'registry',
 ]
 
+_ELSEWHERE = {
+    'SharpnessAwareOptimizer': 'composer_sam.engine.optimizer',
+    'GradientGeometryMonitor': 'composer_sam.trainers.composer',  # these two need Composer
+    'SharpnessMonitor': 'composer_sam.trainers.composer',
+}
+
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: Composer takes seconds to import, and `composer-sam --help` does not need it.
+    # Imported on first use: torch takes seconds to import, and `composer-sam --help` does not need it.
     if name not in __all__:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from composer_sam import methods, optimizer
-
-    return getattr(optimizer if name == 'SharpnessAwareOptimizer' else methods, name)
+    return getattr(importlib.import_module(_ELSEWHERE.get(name, 'composer_sam.methods')), name)

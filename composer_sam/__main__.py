@@ -2,7 +2,7 @@
 
 import sys
 
-from composer_sam.cli import main
+from composer_sam.commands.main import main
 
 if __name__ == '__main__':
     sys.exit(main())

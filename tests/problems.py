@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from composer_sam import registry
-from composer_sam.algorithm import SharpnessAware
+from composer_sam.methods.base import SharpnessAware
 
 BASES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     'SGD': lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-2),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from composer_sam.diagnostics.geometry import GradientGeometry, gradient_geometry
 from composer_sam.diagnostics.hessian import (
     Eigenvalues,
@@ -25,21 +23,15 @@ from composer_sam.diagnostics.sharpness import (
     sam_sharpness,
 )
 
-if TYPE_CHECKING:
-    from composer_sam.diagnostics.geometry_monitor import GradientGeometryMonitor
-    from composer_sam.diagnostics.monitor import SharpnessMonitor
-
 __all__ = [
     'MEASURES',
     'AverageSharpness',
     'Eigenvalues',
     'Flatness',
     'GradientGeometry',
-    'GradientGeometryMonitor',
     'Measurements',
     'Objective',
     'Sharpness',
-    'SharpnessMonitor',
     'SpectralDensity',
     'Trace',
     'adaptive_sharpness',
@@ -52,16 +44,3 @@ __all__ = [
     'top_eigenvalues',
     'trace',
 ]
-
-
-def __getattr__(name: str) -> Any:
-    # Imported on first use: all else here works without Composer, which takes seconds to import.
-    if name == 'SharpnessMonitor':
-        from composer_sam.diagnostics.monitor import SharpnessMonitor
-
-        return SharpnessMonitor
-    if name == 'GradientGeometryMonitor':
-        from composer_sam.diagnostics.geometry_monitor import GradientGeometryMonitor
-
-        return GradientGeometryMonitor
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from composer_sam.diagnostics.checks import Loss, check_count, check_model, check_parameters, checked_loss
 from composer_sam.diagnostics.samples import on, read, regrouped
 from composer_sam.diagnostics.undisturbed import ModelState, RandomState, exact_kernels
-from composer_sam.distributed import Layout
-from composer_sam.placement import Placement
+from composer_sam.engine.placement import Placement
+from composer_sam.engine.wrappers import layout_of
 from composer_sam.vectors import Vector
 
 __all__ = ['Loss', 'Objective']
@@ -98,7 +98,7 @@ class Objective:
         self.parameters: tuple[Tensor, ...] = tuple(parameter for _, parameter in named)
         self.names: tuple[str, ...] = tuple(name for name, _ in named)
         check_parameters(named)
-        self.layout = Layout(self.parameters)
+        self.layout = layout_of(self.parameters)
         self.device = self.parameters[0].device
         self._devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
         self._random: RandomState | None = None  # while undisturbed

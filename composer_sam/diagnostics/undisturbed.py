@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from composer_sam.streams import RandomStreams
+from composer_sam.engine.streams import RandomStreams
+from composer_sam.engine.wrappers import broadcast_buffers, replicas
 
 __all__ = ['ModelState', 'RandomState', 'exact_kernels']
 
@@ -63,14 +63,14 @@ class ModelState:
             for module in model.modules()
             for name, buffer in module._buffers.items()
         ]
-        self._ddp = model if isinstance(model, DistributedDataParallel) else None
+        self._ddp = replicas(model)
         for parameter, *_ in self._parameters:
             parameter.grad = None
 
     def evaluate(self, model: nn.Module) -> None:
         """Evaluation mode, and under DistributedDataParallel rank 0's buffers on all ranks, as in its forwards."""
-        if self._ddp is not None and self._ddp.will_sync_module_buffers():
-            self._ddp._sync_buffers()
+        if self._ddp is not None:
+            broadcast_buffers(self._ddp)
         model.eval()
 
     @torch.no_grad()

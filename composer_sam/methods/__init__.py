@@ -7,9 +7,9 @@ import inspect
 import warnings
 from typing import Any
 
-from composer_sam.algorithm import SharpnessAware
-from composer_sam.counting import count
+from composer_sam.engine.counting import count
 from composer_sam.methods.asam import ASAM
+from composer_sam.methods.base import SharpnessAware
 from composer_sam.methods.gam import GAM
 from composer_sam.methods.sam import SAM
 from composer_sam.methods.sam_direction import SAMDirection

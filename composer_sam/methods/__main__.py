@@ -6,8 +6,8 @@ import dataclasses
 import inspect
 import re
 
-from composer_sam.algorithm import SharpnessAware
 from composer_sam.methods import own_fields, registry, table
+from composer_sam.methods.base import SharpnessAware
 
 __all__: list[str] = []  # what is public is in the package
 
@@ -57,8 +57,7 @@ def _range(field: dataclasses.Field) -> str:
     if 'choices' in field.metadata:
         return ', '.join(f'`{choice!r}`' for choice in field.metadata['choices'])
     if 'range' in field.metadata:
-        signs = zip(('>', '≥', '<'), field.metadata['range'], strict=True)
-        bounds = ' and '.join(f'{sign} {bound:g}' for sign, bound in signs if bound is not None)
+        bounds = ' and '.join(f'{sign} {bound:g}'.replace('>=', '≥') for sign, bound in field.metadata['range'].bounds)
         return (bounds or 'any number') + (', or `None`' if field.default is None else '')
     if isinstance(field.default, bool):
         return '`True`, `False`'

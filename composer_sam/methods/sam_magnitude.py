@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from composer_sam.algorithm import SharpnessAware, choice, hyperparameter
-from composer_sam.step import Direction, Pass, Passes, Step
+from composer_sam.engine.rule import Direction, Pass, Passes
+from composer_sam.engine.step import Step
+from composer_sam.methods.base import SharpnessAware
+from composer_sam.methods.hyperparameters import choice, hyperparameter
 from composer_sam.vectors import Number, rescale
 
 __all__ = ['SAMMagnitude']

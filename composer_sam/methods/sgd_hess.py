@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
-from composer_sam.algorithm import Moment, SharpnessAware, hyperparameter
-from composer_sam.step import Direction, Pass, Passes, Step
+from composer_sam.engine.moment import Moment
+from composer_sam.engine.rule import Direction, Pass, Passes
+from composer_sam.engine.step import Step
+from composer_sam.methods.base import SharpnessAware
+from composer_sam.methods.hyperparameters import check_count, hyperparameter
 from composer_sam.vectors import Number, absolute, add, multiply, rademacher, scale, spatial_mean
 
 __all__ = ['SGDHess']
@@ -55,14 +58,13 @@ class SGDHess(SharpnessAware):
 
     paper: ClassVar[str] = 'Luong, 2024, after Yao et al., https://arxiv.org/abs/2006.00719'
     extra_copies: ClassVar[int] = 4
+    # A gradient with a graph cannot be averaged by DistributedDataParallel, so this method averages on every step.
+    takes_every_step: ClassVar[bool] = True
     _excluded = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.interval_hessian, bool) or not isinstance(self.interval_hessian, int):
-            raise ValueError(f'interval_hessian must be an integer >= 1, got {self.interval_hessian!r}')
-        if self.interval_hessian < 1:
-            raise ValueError(f'interval_hessian must be an integer >= 1, got {self.interval_hessian!r}')
+        check_count('interval_hessian', self.interval_hessian)
         if self.sync_first_pass:
             raise ValueError('sync_first_pass=True means nothing to SGDHess: it averages g and Hv over ranks itself')
 
@@ -70,13 +72,10 @@ class SGDHess(SharpnessAware):
     def backwards_create_graph(self) -> bool:
         return True
 
-    def perturbs(self, moment: Moment) -> bool:
-        # Excluded steps too are taken here: a gradient with a graph cannot be averaged by DistributedDataParallel.
-        return True
-
     def resolved(self, moment: Moment, groups: Sequence[tuple[dict[str, Any], int]]) -> SharpnessAware:
-        method = copy.copy(cast(SGDHess, super().resolved(moment, groups)))
-        method._excluded = not super().perturbs(moment)
+        method = copy.copy(super().resolved(moment, groups))
+        assert isinstance(method, SGDHess)
+        method._excluded = not self.perturbs(moment)
         return method
 
     def direction(self, step: Step) -> Passes:

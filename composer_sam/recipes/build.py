@@ -23,9 +23,10 @@ from composer.utils import dist, format_name_with_dist, get_device, parse_uri, r
 from composer.utils.parallelism import FSDP2Config, FSDPConfig, ParallelismConfig
 from omegaconf import OmegaConf
 
-import composer_sam.diagnostics
-from composer_sam.algorithm import SharpnessAware
+import composer_sam.trainers.composer
 from composer_sam.methods import registry
+from composer_sam.methods.base import SharpnessAware
+from composer_sam.methods.hyperparameters import numeric
 from composer_sam.recipes.components import check_arguments, check_time, classes, construct, find
 from composer_sam.recipes.data import build_data
 from composer_sam.recipes.errors import RecipeError, unknown
@@ -152,7 +153,7 @@ def _components(recipe: Recipe) -> dict[str, Any]:
     available = {
         # Where Composer has a method of the same name, ours takes its place.
         'algorithms': classes(composer.algorithms, of=Algorithm) | registry,
-        'callbacks': classes(composer.callbacks, of=Callback) | classes(composer_sam.diagnostics, of=Callback),
+        'callbacks': classes(composer.callbacks, of=Callback) | classes(composer_sam.trainers.composer, of=Callback),
         'loggers': classes(composer.loggers, of=LoggerDestination, suffix='Logger'),
     }
     built: dict[str, Any] = {}
@@ -200,7 +201,7 @@ def _schedules(key: str, method: type[SharpnessAware], schedules: Any) -> dict[s
     example = 'such as {rho: {cosine_annealing: {t_max: 1dur}}}'
     if not isinstance(schedules, dict):
         raise RecipeError(f'{key}: must be a scheduler for each hyper-parameter, {example}, got {schedules!r}')
-    known = [field.name for field in dataclasses.fields(method) if 'range' in field.metadata]
+    known = list(numeric(method))
     built = {}
     for hyperparameter, section in schedules.items():
         inner = f'{key}.{hyperparameter}'

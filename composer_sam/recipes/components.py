@@ -12,6 +12,7 @@ from typing import Any
 from composer.core import Time
 from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 
+from composer_sam.methods.window import TimeLike
 from composer_sam.recipes.errors import RecipeError, unknown
 
 __all__ = ['canonical', 'check_arguments', 'check_time', 'classes', 'construct', 'find']
@@ -118,7 +119,7 @@ def _check_type(key: str, value: Any, hint: Any) -> Any:
             checked = adapter.validate_python(candidate)
         except ValidationError:
             continue
-        if Time in typing.get_args(hint) or any(typing.get_origin(arg) is Time for arg in typing.get_args(hint)):
+        if any(arg in (Time, TimeLike) or typing.get_origin(arg) is Time for arg in typing.get_args(hint)):
             check_time(key, checked)
         return checked
     name = hint.__name__ if inspect.isclass(hint) else str(hint).replace('typing.', '')

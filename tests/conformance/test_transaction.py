@@ -142,7 +142,7 @@ def test_exchange_and_copy_give_the_same_bits(name: str, monkeypatch: pytest.Mon
     results = []
     for fast in (True, False):
         if not fast:
-            monkeypatch.setattr('composer_sam.placement.exchangeable', lambda parameter: False)
+            monkeypatch.setattr('composer_sam.engine.placement.exchangeable', lambda parameter: False)
         model, optimizer = wrapped(name)
         torch.manual_seed(2)
         addresses = [p.data_ptr() for p in model.parameters()]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from composer_sam.diagnostics.landscape import Around, grid_axis, random_directions
+from composer_sam.landscapes.subspaces import Around, grid_axis, random_directions
 
 __all__ = ['Counted', 'around', 'axes', 'cross_entropy', 'data', 'network']
 

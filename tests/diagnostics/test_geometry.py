@@ -14,10 +14,10 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 from composer_sam import SAM, WSAM, SharpnessAwareOptimizer, registry
-from composer_sam.algorithm import Moment
-from composer_sam.diagnostics import GradientGeometryMonitor, gradient_geometry
-from composer_sam.distributed import Layout
-from composer_sam.vectors import Vector
+from composer_sam.diagnostics import gradient_geometry
+from composer_sam.engine.moment import Moment
+from composer_sam.trainers.composer import GradientGeometryMonitor
+from composer_sam.vectors import Layout, Vector
 from tests.problems import BASES, Closure, batches, needs_graph, network, same, snapshot
 
 NUMBERS = ['gradient_norm', 'direction_norm', 'cosine', 'share_larger', 'share_opposite']

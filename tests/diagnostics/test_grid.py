@@ -15,8 +15,8 @@ import pytest
 import torch
 from small_network import Counted, around, axes, cross_entropy, data, network
 
-from composer_sam.diagnostics.grid import evaluate, measuring
-from composer_sam.diagnostics.storage import Landscape, LandscapeError
+from composer_sam.landscapes.grid import evaluate, measuring
+from composer_sam.landscapes.storage import Landscape, LandscapeError
 
 
 @pytest.mark.parametrize('dims', [1, 2])
@@ -102,15 +102,15 @@ def test_processes_are_started_once_one_turns_out_to_need_long(monkeypatch: pyte
         with task.measuring() as measure:
             yield from [(index, task.row(index, measure)) for index in rows]
 
-    monkeypatch.setattr('composer_sam.diagnostics.grid._by_processes', in_no_process)
-    monkeypatch.setattr('composer_sam.diagnostics.grid._cores', lambda: 2)
+    monkeypatch.setattr('composer_sam.landscapes.grid._by_processes', in_no_process)
+    monkeypatch.setattr('composer_sam.landscapes.grid._cores', lambda: 2)
     quick = evaluate(around(model), model, here, batches, axes(4))
     assert spread == []
-    monkeypatch.setattr('composer_sam.diagnostics.grid._PROCESSES_FROM', 0.0)
+    monkeypatch.setattr('composer_sam.landscapes.grid._PROCESSES_FROM', 0.0)
     slow = evaluate(around(model), model, here, batches, axes(4))
     assert spread == [([1, 2, 3], 2)]
     assert np.array_equal(quick.loss, slow.loss)
-    monkeypatch.setattr('composer_sam.diagnostics.grid._cores', lambda: 1)
+    monkeypatch.setattr('composer_sam.landscapes.grid._cores', lambda: 1)
     evaluate(around(model), model, here, batches, axes(4))
     evaluate(around(model), model, here, batches, axes(4), jobs=1)
     assert len(spread) == 1

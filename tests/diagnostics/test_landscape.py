@@ -14,8 +14,8 @@ from small_network import around, axes, cross_entropy, data, network
 from torch import nn
 
 from composer_sam.diagnostics import Objective, top_eigenvalues
-from composer_sam.diagnostics.grid import evaluate, one_thread
-from composer_sam.diagnostics.landscape import (
+from composer_sam.landscapes.grid import evaluate, one_thread
+from composer_sam.landscapes.subspaces import (
     Around,
     Subspace,
     Through,

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from composer_sam.diagnostics.landscape import Mark
-from composer_sam.diagnostics.page import page
-from composer_sam.diagnostics.pictures import Scale, contours, curves, heading, surfaces
-from composer_sam.diagnostics.storage import Landscape
+from composer_sam.landscapes.page import page
+from composer_sam.landscapes.pictures import Scale, contours, curves, heading, surfaces
+from composer_sam.landscapes.storage import Landscape
+from composer_sam.landscapes.subspaces import Mark
 
 
 def plane(label: str = 'A', curvature: float = 1.0, floor: float = 0.5, accuracy: bool = True) -> Landscape:

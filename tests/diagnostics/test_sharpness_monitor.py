@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from composer_sam import SAM
-from composer_sam.diagnostics import MEASURES, Objective, SharpnessMonitor, measure
+from composer_sam.diagnostics import MEASURES, Objective, measure
+from composer_sam.trainers.composer import SharpnessMonitor
 
 SIZE = 40
 
@@ -224,7 +225,10 @@ def test_it_is_found_without_importing_composer_for_the_rest() -> None:
     import subprocess
     import sys
 
-    code = 'import sys, composer_sam.diagnostics as d; print("composer" in sys.modules, d.SharpnessMonitor.__name__)'
+    code = (
+        'import sys, composer_sam, composer_sam.diagnostics; '
+        'print("composer" in sys.modules, composer_sam.SharpnessMonitor.__name__)'
+    )
     found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == ['False', 'SharpnessMonitor']
     with pytest.raises(AttributeError, match='no attribute'):

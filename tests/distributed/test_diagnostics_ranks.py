@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from composer_sam.diagnostics import (
     MEASURES,
     Objective,
-    SharpnessMonitor,
     average_sharpness,
     measure,
     sam_sharpness,
@@ -31,6 +30,7 @@ from composer_sam.diagnostics import (
     top_eigenvalues,
     trace,
 )
+from composer_sam.trainers.composer import SharpnessMonitor
 
 mse = nn.functional.mse_loss
 

@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.testing import assert_close
 
 from composer_sam import SharpnessAwareOptimizer, registry
-from composer_sam.distributed import Layout
+from composer_sam.engine.wrappers import layout_of
 from composer_sam.vectors import Vector, axpy, dot, norm, norms
 
 every_method = pytest.mark.parametrize('name', ONCE_DIFFERENTIATED)
@@ -69,7 +69,7 @@ def test_norms_on_a_mesh_of_two_dimensions_count_every_element_once(placements: 
     with torch.random.fork_rng():
         torch.manual_seed(4)
         whole = [torch.randn(5, 3, dtype=torch.float64), torch.randn(7, 2, dtype=torch.float64)]
-    layout = Layout([nn.Parameter(distribute_tensor(tensor, mesh, placements)) for tensor in whole])
+    layout = layout_of([nn.Parameter(distribute_tensor(tensor, mesh, placements)) for tensor in whole])
     x = Vector([_local(parameter) for parameter in layout.parameters], range(2), layout)
     expected = torch.cat([tensor.reshape(-1) for tensor in whole])
     assert_close(norm(x), expected.norm(), rtol=1e-12, atol=0)

@@ -16,9 +16,10 @@ from composer_runs import PROMISES
 from digits import METHODS, Recorder, build, weights
 
 from composer_sam import SAM, SharpnessAwareOptimizer, registry
-from composer_sam.algorithm import SharpnessAware, TrainerLink
-from composer_sam.controls import BufferControl, RandomControl
-from composer_sam.placement import Placement
+from composer_sam.engine.controls import BufferControl, RandomControl
+from composer_sam.engine.placement import Placement
+from composer_sam.methods.base import SharpnessAware
+from composer_sam.trainers.composer.host import ComposerHost
 
 
 @pytest.mark.parametrize('method', BESIDE)
@@ -52,7 +53,7 @@ def _copies(optimizer: SharpnessAwareOptimizer) -> list[dict[str, Any]]:
         (BufferControl, 'settle', lambda self: None, 'GhostBatchNorm', 'BatchNorm and other buffers see one pass'),
         (Placement, 'restore', lambda self: None, 'ChannelsLast', 'the weights come back bit for bit'),
         (
-            TrainerLink,
+            ComposerHost,
             'direction_found',
             lambda self: None,
             'GradientClipping by norm',

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from composer_sam.cli import main
-from composer_sam.diagnostics.checkpoints import measurements
-from composer_sam.diagnostics.storage import Landscape
+from composer_sam.commands.main import main
+from composer_sam.landscapes.storage import Landscape
 from composer_sam.methods import registry
 from composer_sam.recipes import load_recipe
+from composer_sam.studies.checkpoints import measurements
 
 REPOSITORY = Path(__file__).parents[2]
 SGD, SAM = (str(REPOSITORY / 'yamls' / 'digits' / f'{name}.yaml') for name in ('sgd', 'sam'))

@@ -41,7 +41,7 @@ def test_a_model_compiles_as_often_as_without_us(name: str) -> None:
 @pytest.mark.parametrize('name', ONCE_DIFFERENTIATED)
 def test_a_loop_of_ones_own_compiles_once(name: str, exchange: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not exchange:
-        monkeypatch.setattr('composer_sam.placement.exchangeable', lambda parameter: False)
+        monkeypatch.setattr('composer_sam.engine.placement.exchangeable', lambda parameter: False)
     torch._dynamo.reset()
     counter = CompileCounter()
     model = network(dropout=0.0)

@@ -12,7 +12,7 @@ from composer.core import Precision
 from digits import METHODS, PER_EPOCH, Recorder, build, weights
 
 from composer_sam import SAM, SGDHess, registry
-from composer_sam.grad_scaler import GradScaler
+from composer_sam.trainers.composer.scaler import GradScaler
 
 SCALED = [name for name in METHODS if not registry[name]().backwards_create_graph]
 every_method = pytest.mark.parametrize('name', SCALED)

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from composer_sam.cli import main
+from composer_sam.commands.main import main
 from composer_sam.diagnostics import Objective, measure
-from composer_sam.diagnostics.checkpoints import CheckpointError, build_problem, default_labels, load_weights
-from composer_sam.diagnostics.grid import one_thread
-from composer_sam.diagnostics.storage import Landscape
+from composer_sam.landscapes.grid import one_thread
+from composer_sam.landscapes.storage import Landscape
 from composer_sam.recipes import load_recipe
+from composer_sam.studies.checkpoints import CheckpointError, build_problem, default_labels, load_weights
 
 REPOSITORY = Path(__file__).parents[2]
 SGD, SAM = (str(REPOSITORY / 'yamls' / 'digits' / f'{name}.yaml') for name in ('sgd', 'sam'))

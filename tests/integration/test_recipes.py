@@ -16,8 +16,8 @@ from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from PIL import Image
 
-from composer_sam.algorithm import SharpnessAware
 from composer_sam.methods import registry
+from composer_sam.methods.base import SharpnessAware
 from composer_sam.recipes import History, RecipeError, build_trainer, check_recipe, is_finished, load_recipe
 
 YAMLS = Path(__file__).parents[2] / 'yamls'

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from composer_sam.cli import main
+from composer_sam.commands.main import main
 from composer_sam.recipes import RecipeError, load_recipe
-from composer_sam.study import parse_grid, plan
-from composer_sam.study_tables import tables
+from composer_sam.studies.study import parse_grid, plan
+from composer_sam.studies.tables import tables
 
 REPOSITORY = Path(__file__).parents[2]
 YAMLS = REPOSITORY / 'yamls'
@@ -106,7 +106,7 @@ def test_only_what_is_missing_is_trained_and_comes_out_the_same(finished: Path) 
 
 
 def test_nothing_is_trained_twice(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('composer_sam.study.train_all', lambda *_: pytest.fail('a run was trained again'))
+    monkeypatch.setattr('composer_sam.studies.study.train_all', lambda *_: pytest.fail('a run was trained again'))
     study(SGD, SAM, *GRID, '--seeds', '2', *QUICK, out=finished)
 
 
@@ -144,7 +144,7 @@ def test_a_killed_study_goes_on_and_ends_as_an_undisturbed_one(tmp_path: Path) -
 
 
 def _refused(arguments: list[str], out: Path) -> str:
-    from composer_sam.study import Sharpness, study
+    from composer_sam.studies.study import Sharpness, study
 
     recipes, overrides = arguments[:1], [argument for argument in arguments if '=' in argument]
     with pytest.raises(RecipeError) as caught:

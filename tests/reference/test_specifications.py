@@ -39,7 +39,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
 def test_every_method_and_hyperparameter_has_a_specification() -> None:
     import dataclasses
 
-    from composer_sam.algorithm import SharpnessAware
+    from composer_sam.methods.base import SharpnessAware
 
     assert set(specifications.SPECIFICATIONS) == set(registry)
     shared = {field.name for field in dataclasses.fields(SharpnessAware)}

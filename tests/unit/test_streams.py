@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from composer_sam.streams import RandomStreams
+from composer_sam.engine.streams import RandomStreams
 
 
 @pytest.fixture(autouse=True)

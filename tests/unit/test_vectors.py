@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from composer_sam.distributed import Layout
 from composer_sam.vectors import (
+    Layout,
     PerParameter,
     Vector,
     add,

@@ -1,0 +1,59 @@
+"""How a pass is asked of the closure handed to ``optimizer.step``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from composer_sam.engine.rule import Pass
+
+__all__ = ['Closure', 'makes_state']
+
+
+class Closure:
+    """A closure that evaluates the loss and calls backward, once for every pass.
+
+    Args:
+        function: the user's closure, called without arguments.
+
+    Attributes:
+        checks_gradients: whether somebody has looked at every pass's gradient on all ranks already, so that nobody
+            needs to look again; a loss of None then says that it overflowed.
+    """
+
+    checks_gradients = False
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function if torch.is_grad_enabled() else torch.enable_grad()(function)
+
+    def __call__(self, request: Pass, index: int) -> Any:
+        """The loss of one pass; None where its gradient overflowed and the step is to be skipped.
+
+        Args:
+            request: what is asked for; the weights are in place.
+            index: the number of the pass, from 0.
+
+        Raises:
+            ValueError: the closure returned no loss.
+        """
+        del request, index
+        loss = self.function()
+        if loss is None:
+            raise ValueError('the closure returned None: it must return the loss it called backward() on')
+        return loss
+
+    def unsynchronised(self, ddp: DistributedDataParallel) -> AbstractContextManager[None]:
+        """The context in which the closure's backward leaves gradients on their rank."""
+        return ddp.no_sync()
+
+
+def makes_state(groups: list[dict[str, Any]], state: Any) -> bool:
+    """Whether a step without a closure is how torch.distributed.checkpoint makes a fresh optimizer's state: one step
+    with zero gradients at lr 0."""
+    gradients = [p.grad for group in groups for p in group['params'] if p.grad is not None]
+    idle = all(float(group.get('lr', 0.0)) == 0.0 for group in groups)
+    return bool(gradients) and idle and not state and not any(bool(g.any()) for g in gradients)

@@ -1,0 +1,283 @@
+"""The optimizer wrapper: any torch optimizer, stepped with a sharpness-aware direction instead of the gradient."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from composer_sam.engine.closures import makes_state
+from composer_sam.engine.host import Alone, Host
+from composer_sam.engine.rule import Method
+from composer_sam.engine.stepper import Stepper
+from composer_sam.engine.two_calls import TwoCalls
+
+__all__ = ['SharpnessAwareOptimizer']
+
+
+class SharpnessAwareOptimizer(Stepper, Optimizer):
+    r"""Steps ``base_optimizer`` with the direction that ``method`` finds by gradients at perturbed weights.
+
+    A step calls the closure once for every pass of the method, each time with the weights moved by an offset, puts the
+    weights back bit for bit, and lets the base optimizer take one ordinary step with the method's direction in place
+    of the gradient. Parameter groups and state *are* the base optimizer's: LR schedulers work on either, and a
+    checkpoint of one is a checkpoint of the other.
+
+    A step is a transaction. Whatever is raised in any pass (out of memory, Ctrl-C) leaves weights, module buffers,
+    random streams, optimizer state and counters as they were before, gradients none, and the same batch can be stepped
+    again. A step that the method's ``interval``, ``start`` or ``end`` exclude is the base optimizer's own step, at its
+    cost and with its behaviour.
+
+    Args:
+        base_optimizer: any optimizer of dense gradients. A group may set hyper-parameters of the method for itself:
+            ``SGD([{'params': a}, {'params': b, 'rho': 0.1}], lr=0.1)``; a key the base optimizer declares too
+            (Adadelta's ``rho``) is the base optimizer's.
+        method: the rule, for example ``SAM(rho=0.05)``.
+        model: the module being trained. With it, buffers (BatchNorm statistics) are updated by the first pass only,
+            DistributedDataParallel leaves the first pass unsynchronised, and FSDP's shards are counted once. Random
+            streams are replayed with or without it.
+        grad_scaler: for fp16 in a loop of your own. You scale every loss with it and call its ``update()`` after the
+            step; the wrapper unscales every pass's gradient, and where one overflows on any rank it skips the step on
+            all of them.
+        host: who runs the training loop, given by the integrations of trainers; None for a loop of your own.
+
+    Attributes:
+        steps_taken (int): steps so far, for ``interval``. It is not part of the base optimizer's state: when you resume
+            a loop of your own, set it to the number of steps taken. Under a Trainer its timestamp counts instead.
+        steps_perturbed (int): how many steps the method has perturbed since the wrapper was made.
+        skipped (bool): whether the last step was skipped, because a gradient overflowed or was not finite.
+        observer: called on every perturbed step with the plain gradient at w and what replaces it, averaged over ranks;
+            see :func:`composer_sam.diagnostics.gradient_geometry`. None costs nothing.
+
+    Raises:
+        TypeError: ``base_optimizer`` is no torch optimizer or ``method`` no method.
+        ValueError: the optimizer is wrapped already, calls its closure several times per step (LBFGS), a group sets a
+            hyper-parameter out of its range, or ``start``/``end`` need a Trainer.
+
+    Example:
+        >>> import torch
+        >>> from composer_sam import SAM, SharpnessAwareOptimizer
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = SharpnessAwareOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SAM(rho=0.05), model)
+        >>> x, y = torch.randn(8, 3), torch.randn(8, 1)
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = torch.nn.functional.mse_loss(model(x), y)
+        ...     loss.backward()
+        ...     return loss
+        >>> loss = optimizer.step(closure)
+    """
+
+    # fused optimizers unscale inside their step, which a step of several passes cannot leave to them
+    _step_supports_amp_scaling = False
+    # asked by Composer before it hands over a closure at amp_fp16
+    _step_supports_amp_closure = True
+
+    def __new__(cls, base_optimizer: Optimizer, *args: Any, **kwargs: Any) -> SharpnessAwareOptimizer:
+        del args, kwargs
+        return object.__new__(_named_like(type(base_optimizer)))
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        method: Method,
+        model: nn.Module | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        *,
+        host: Host | None = None,
+    ):
+        # torch.optim.Optimizer.__init__ is not called: groups, state, defaults and hooks are the base optimizer's.
+        _check(base_optimizer, method)
+        super().__init__(base_optimizer, method, model, grad_scaler, Alone() if host is None else host)
+        self.host.check(method)
+        if grad_scaler is not None and grad_scaler.is_enabled() and method.backwards_create_graph:
+            raise ValueError(
+                f'{type(method).__name__} takes no grad_scaler: second derivatives of a scaled loss overflow '
+                'unnoticed. Use bfloat16 or float32'
+            )
+        self.resolved(self.moment())  # a group's hyper-parameter out of range is reported now
+        self._two_calls = TwoCalls(self)  # last: it hooks into the model, which a refused optimizer must not
+
+    # Shared with the base optimizer.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.base_optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.base_optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.base_optimizer.defaults
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.base_optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.base_optimizer.load_state_dict(state_dict)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.base_optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.base_optimizer.add_param_group(param_group)
+
+    def __getattr__(self, name: str) -> Any:
+        # Hooks, ``fused``, a library optimizer's own methods; only asked for what the wrapper itself does not have.
+        if name == 'base_optimizer':
+            raise AttributeError(name)
+        return getattr(self.base_optimizer, name)
+
+    def __repr__(self) -> str:
+        return f'SharpnessAwareOptimizer({self.method!r}, {self.base_optimizer!r})'
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, and a trainer cannot be copied.
+        return _rebuild, (self.base_optimizer, self.method, self.model, self.grad_scaler, self.steps_taken)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharpnessAwareOptimizer:
+        rebuild, arguments = self.__reduce_ex__(2)
+        return rebuild(*copy.deepcopy(arguments, memo))
+
+    # The step: in one closure, in a loop over its passes, or in two calls.
+
+    def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Take one step.
+
+        Args:
+            closure: zeroes the gradients, computes the loss, calls backward and returns the loss; called once a pass.
+
+        Returns:
+            The first pass's loss, the loss at w; ``None`` where the step was skipped.
+
+        Raises:
+            ValueError: no closure, a closure that returns no loss, or a sparse gradient.
+        """
+        if closure is None:
+            return self._step_without_closure()
+        called = self.host.closure(closure)
+        self._two_calls.stop_watching()
+        first_loss: Any = None
+        # Closed explicitly: the traceback of an error would keep the passes, and with them the perturbation, alive.
+        with contextlib.closing(self.run(called)) as passes:
+            for index, request in enumerate(passes):
+                loss = called(request, index)
+                if loss is None:
+                    self.skip()
+                    return None
+                self._nonfinite.see(loss, index)
+                if index == 0:
+                    first_loss = loss.detach() if request.graph and isinstance(loss, Tensor) else loss
+        return None if self.skipped else first_loss
+
+    def passes(self) -> Iterator[int]:
+        """Take one step in a loop: one round per pass, with as many backward calls (micro-batches) in it as you like.
+
+        The step is taken when the loop ends by itself. Leaving it early, or an exception inside it, takes everything
+        back. Do not keep the iterator: it is the ``for`` statement that closes it.
+
+        Yields:
+            The number of the pass, from 0.
+
+        Example:
+            >>> import torch
+            >>> from composer_sam import GAM, SharpnessAwareOptimizer
+            >>> model = torch.nn.Linear(3, 1)
+            >>> optimizer = SharpnessAwareOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), GAM(), model)
+            >>> x, y = torch.randn(8, 3), torch.randn(8, 1)
+            >>> for _ in optimizer.passes():
+            ...     optimizer.zero_grad()
+            ...     torch.nn.functional.mse_loss(model(x), y).backward()
+        """
+        self._two_calls.stop_watching()
+        with contextlib.closing(self.run()) as passes:
+            for index, _ in enumerate(passes):
+                yield index
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        """After the first backward of a two-pass method: move the weights to where the second gradient is taken.
+
+        The classic order is backward, ``first_step``, backward, ``second_step``. Prefer :meth:`passes`: between these
+        two calls the weights are perturbed, and an exception there needs :meth:`abandon_step`. On a step that
+        ``interval``, ``start`` or ``end`` exclude the weights stay, and the second gradient is not used.
+
+        With ``model`` given, dropout masks and buffers of the second forward are those of the first. Under
+        DistributedDataParallel the first gradient is as your backward left it: synchronised, unless you called it under
+        ``model.no_sync()``.
+
+        Args:
+            zero_grad: True leaves no gradient behind; False leaves the first one in ``.grad``, a copy, which you zero
+                before the second backward.
+
+        Raises:
+            ValueError: the method has not two passes, ``second_step`` or a backward was missed.
+        """
+        self._two_calls.first(zero_grad)
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """After the second backward: put the weights back and let the base optimizer step with the direction.
+
+        Args:
+            zero_grad: True leaves no gradient behind; False leaves the direction in ``.grad``.
+
+        Raises:
+            ValueError: ``first_step`` or the second backward was missed; after a missed backward everything is as
+                before ``first_step``.
+        """
+        self._two_calls.second(zero_grad)
+
+    def abandon_step(self) -> None:
+        """Take back a step that ``first_step`` began; does nothing where none was."""
+        self._two_calls.abandon()
+
+    def _step_without_closure(self) -> None:
+        if makes_state(self.param_groups, self.state):
+            self.base_optimizer.step()
+            return
+        raise ValueError(
+            'step() needs a closure that zeroes the gradients, computes the loss, calls backward() and returns the '
+            f'loss: {type(self.method).__name__} evaluates it {self.method.passes} times'
+        )
+
+
+@functools.cache
+def _named_like(base: type[Optimizer]) -> type[SharpnessAwareOptimizer]:
+    """A wrapper class with the base optimizer's name.
+
+    Composer stores an optimizer's state under its class's ``__qualname__`` and drops what it finds under another name.
+    A wrapper of the same name is what makes checkpoints load with the algorithm and without it.
+    """
+    return type(base.__name__, (SharpnessAwareOptimizer,), {'__qualname__': base.__qualname__, '__doc__': base.__doc__})
+
+
+def _rebuild(base: Any, method: Any, model: Any, grad_scaler: Any, steps_taken: int) -> SharpnessAwareOptimizer:
+    optimizer = SharpnessAwareOptimizer(base, method, model, grad_scaler)
+    optimizer.steps_taken = steps_taken
+    return optimizer
+
+
+def _check(base_optimizer: Any, method: Any) -> None:
+    if isinstance(base_optimizer, SharpnessAwareOptimizer):
+        raise ValueError(
+            f'the optimizer is wrapped already, with {base_optimizer.method!r}: wrap the base optimizer once, '
+            'with one method'
+        )
+    if not isinstance(base_optimizer, Optimizer):
+        raise TypeError(f'base_optimizer must be a torch.optim.Optimizer, got {base_optimizer!r}')
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be one of composer_sam's methods, for example SAM(rho=0.05), got {method!r}")
+    closure = inspect.signature(base_optimizer.step).parameters.get('closure')
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f'{type(base_optimizer).__name__} evaluates its closure several times per step, at weights of its own '
+            'choice, and cannot take a direction from a sharpness-aware method'
+        )

@@ -1,0 +1,175 @@
+"""What takes one step, whoever asks for it: a closure, a loop over passes, or two calls."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from composer_sam.engine.closures import Closure
+from composer_sam.engine.controls import AttributeControl, BufferControl, Control, RandomControl
+from composer_sam.engine.host import Host
+from composer_sam.engine.moment import Moment
+from composer_sam.engine.nonfinite import NonFinite
+from composer_sam.engine.rule import PLAIN, Method, Observer, Pass, PlainRule, Rule
+from composer_sam.engine.scaling import unscale
+from composer_sam.engine.step import Step
+from composer_sam.engine.transaction import Transaction
+from composer_sam.engine.wrappers import layout_of, replicas
+from composer_sam.vectors import Layout
+
+__all__ = ['Stepper']
+
+
+class Stepper:
+    """A base optimizer, a method, and what one step of both takes.
+
+    The arguments and attributes are those of :class:`~composer_sam.SharpnessAwareOptimizer`, its one subclass.
+    """
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        method: Method,
+        model: nn.Module | None,
+        grad_scaler: torch.amp.GradScaler | None,
+        host: Host,
+    ):
+        self.base_optimizer = base_optimizer
+        self.method = method
+        self.model = model
+        self.grad_scaler = grad_scaler
+        self.host = host
+        self.steps_taken = 0
+        self.steps_perturbed = 0
+        self.skipped = False
+        self.observer: Observer | None = None
+        self._transaction: Transaction | None = None
+        self._layout: tuple[tuple[int, ...], Layout] | None = None
+        self._nonfinite = NonFinite(method.on_nonfinite)
+
+    @property
+    def pass_index(self) -> int:
+        """The number, from 0, of the pass under way; -1 outside a perturbed step."""
+        return -1 if self._transaction is None else self._transaction.index
+
+    def moment(self) -> Moment:
+        """When the next step happens."""
+        return self.host.moment(self.steps_taken)
+
+    def trainable(self) -> list[Tensor]:
+        """The parameters that a step changes, in the optimizer's order."""
+        return [p for group in self.base_optimizer.param_groups for p in group['params'] if p.requires_grad]
+
+    def controls(self, closure: Closure | None = None) -> Sequence[Control]:
+        """What the passes of the next step must not disturb, as it is now."""
+        devices = {parameter.device for parameter in self._current_layout().parameters}
+        modules = () if self.model is None else (BufferControl(self.model), AttributeControl(self.model))
+        return (RandomControl(devices), *modules, *self.host.controls(closure))
+
+    def run(self, closure: Closure | None = None, controls: Sequence[Control] = ()) -> Generator[Pass, None, None]:
+        """The passes of one step; the step is taken when they are exhausted and undone when they are closed before.
+
+        Args:
+            closure: what the passes are asked of; None where the caller's own loop evaluates them.
+            controls: what the passes must not disturb, where it was noted before; empty for as it is now.
+        """
+        if self._transaction is not None:
+            raise ValueError('a step is already under way: its loop over passes() was neither finished nor left')
+        moment = self.moment()
+        self.skipped = False
+        self._nonfinite.step = moment.batch
+        perturbs = self.method.perturbs(moment)
+        through_method = perturbs or self.method.takes_every_step
+        if not through_method and not self._nonfinite.skips:
+            yield PLAIN
+            self._finish_plain()
+            return
+        rule = self.resolved(moment) if through_method else PlainRule()
+        step = Step(self._current_layout(), self.base_optimizer.state, self.model, moment.batch, rule.parameters)
+        with Transaction(rule, step) as transaction:
+            transaction.guard(controls or self.controls(closure))
+            transaction.observer = self.observer if perturbs else None
+            self._transaction = transaction
+            try:
+                for request in transaction.passes():
+                    with self._unsynchronised(request, closure):
+                        yield request
+                    if self._overflowed() or self._is_nonfinite(transaction, closure):
+                        self.skip()
+                        return
+                transaction.write_direction()
+                # Second derivatives may overflow where the gradient did not.
+                if self.method.backwards_create_graph and self._is_nonfinite(transaction, closure):
+                    self.skip()
+                    return
+                self._finish(transaction)
+                self.steps_perturbed += perturbs
+            finally:
+                self._transaction = None
+
+    def skip(self) -> None:
+        """End the step that is under way without an update."""
+        self.skipped = True
+        if self._transaction is not None:
+            self._transaction.skip(discard=self._nonfinite.skips)
+            self.host.passes_done()
+
+    def resolved(self, moment: Moment) -> Rule:
+        """The method with its hyper-parameters as they are at one step, groups' own values among them."""
+        defaults = self.base_optimizer.defaults
+        groups = [
+            ({k: v for k, v in group.items() if k not in defaults}, sum(p.requires_grad for p in group['params']))
+            for group in self.base_optimizer.param_groups
+        ]
+        return self.method.resolved(moment, groups)
+
+    def _finish_plain(self) -> None:
+        """Let the base optimizer take its own step."""
+        if self._overflowed():
+            self.skip()
+            return
+        self.base_optimizer.step()
+        self._count_step()
+
+    def _finish(self, transaction: Transaction) -> None:
+        """Let the base optimizer step with the direction that is in the parameters' ``.grad``."""
+        self.host.passes_done()
+        self.host.direction_found()
+        self.base_optimizer.step()
+        transaction.apply_decoupled(self.base_optimizer.param_groups)
+        transaction.commit()
+        self._count_step()
+
+    def _count_step(self) -> None:
+        self.steps_taken += 1
+        self._opt_called = True  # torch's LR schedulers look for it, and have wrapped ``step`` only
+
+    def _unsynchronised(self, request: Pass, closure: Closure | None) -> contextlib.AbstractContextManager[Any]:
+        """The context that leaves a pass's gradient on its rank, if it is to."""
+        ddp = None if request.sync else replicas(self.model)
+        if ddp is None:
+            return contextlib.nullcontext()
+        return ddp.no_sync() if closure is None else closure.unsynchronised(ddp)
+
+    def _overflowed(self) -> bool:
+        return self.grad_scaler is not None and not unscale(self.grad_scaler, self.base_optimizer)
+
+    def _is_nonfinite(self, transaction: Transaction, closure: Closure | None) -> bool:
+        """Whether what is in ``.grad`` is something ``on_nonfinite='skip'`` does not step with."""
+        scaled = self.grad_scaler is not None or (closure is not None and closure.checks_gradients)
+        if not self._nonfinite.skips or scaled:
+            return False
+        return self._nonfinite.found(transaction.layout.parameters, transaction.index)
+
+    def _current_layout(self) -> Layout:
+        """The layout, made anew when parameters were added, frozen or replaced, or the model was."""
+        parameters = self.trainable()
+        key = (id(self.model), *map(id, parameters))
+        if self._layout is None or self._layout[0] != key:
+            self._layout = (key, layout_of(parameters, self.model))
+        return self._layout[1]

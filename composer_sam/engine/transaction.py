@@ -1,0 +1,249 @@
+"""One optimizer step as a transaction: the passes a rule asks for, at weights put back bit for bit."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from composer_sam.engine.controls import Control, end_skipped
+from composer_sam.engine.placement import Placement
+from composer_sam.engine.rule import Direction, Observer, Pass, Rule
+from composer_sam.engine.step import MEMORY_PREFIX, Step
+from composer_sam.engine.wrappers import (
+    fsdp1_flattened,
+    fsdp1_unsharded,
+    must_synchronise,
+    own_memory,
+    placed_like,
+    to_rest,
+)
+from composer_sam.vectors import PerParameter, Vector, add, each, scale
+from composer_sam.vectors.layout import real, several_processes, shaped_like
+
+__all__ = ['Transaction']
+
+
+class Transaction:
+    """One step of one rule: runs its passes, and undoes everything if any of them fails.
+
+    Used as a context manager: leaving it before ``commit`` puts weights, buffers, random streams and gradients back as
+    they were when it was made.
+
+    Args:
+        rule: the update rule, its hyper-parameters as they are at this step.
+        step: what the rule is given to compute with.
+        exchange: see :class:`~composer_sam.engine.placement.Placement`.
+
+    Attributes:
+        index (int): the number, from 0, of the pass under way; -1 before the first.
+        observer: shown the plain gradient and the direction, once both are known.
+    """
+
+    def __init__(self, rule: Rule, step: Step, exchange: bool = True):
+        self.index = -1
+        self.observer: Observer | None = None
+        self.layout = step.layout
+        self._step = step
+        self._placement = Placement(step.layout, exchange)
+        self._controls: Sequence[Control] = ()
+        self._rule = rule.direction(step)
+        self._gradient: Vector | None = None
+        self._last: weakref.ref[Tensor] | None = None
+        self._direction: Direction | None = None
+        self._plain: Vector | None = None
+        self._open = True
+
+    def guard(self, controls: Sequence[Control]) -> None:
+        """Say what the passes must not disturb; from now on the step answers for putting it back."""
+        self._controls = controls
+
+    def passes(self) -> Iterator[Pass]:
+        """The rule's passes one after the other, the weights in place for each.
+
+        The body of the loop must leave the pass's gradient in the parameters' ``.grad``.
+        """
+        self._drop_gradients()  # a gradient from before the step is not one of its passes'
+        while (request := self._advance()) is not None:
+            self.index += 1
+            if self.index > 0:
+                for control in self._controls:
+                    control.rewind()
+            if request.graph:
+                self._check_twice_differentiable()
+            if not request.sync and must_synchronise(self._step.model):
+                request = replace(request, sync=True)
+            if request.at is not None:
+                self._placement.place(request.at)
+                # Let go of the offset: where w + offset was copied its memory is free during the pass.
+                request = replace(request, at=None)
+            yield request
+            if self.index == 0:
+                for control in self._controls:
+                    control.first_pass_done()
+            self._gradient = self._take_gradient(request.graph)
+            self._placement.restore()
+            if self.index == 0 and self.observer is not None:
+                self._plain = self._kept(self._gradient, request.sync)
+        for control in self._controls:
+            control.settle()
+        if self._plain is not None and self.observer is not None:
+            plain, self._plain = self._plain, None
+            self.observer(plain, self._whole_direction())
+
+    @torch.no_grad()
+    def write_direction(self) -> None:
+        """Put the direction into the parameters' ``.grad`` for the base optimizer."""
+        for parameter, value in self._entries(self._found().gradients):
+            parameter.grad = value
+
+    @torch.no_grad()
+    def apply_decoupled(self, groups: list[dict[str, Any]]) -> None:
+        """Apply what the direction keeps from the base optimizer, after its step."""
+        decoupled = self._found().decoupled
+        if decoupled is None:
+            return
+        lr = {parameter: group['lr'] for group in groups for parameter in group['params']}
+        rates = PerParameter(lr[parameter] for parameter in self.layout.parameters)
+        moved = decoupled.like([real(self.layout.parameters[where]) for where in decoupled.where])
+        add(moved.donate(), scale(decoupled.donate(), each(lambda rate: -rate, rates)))
+
+    def commit(self) -> None:
+        """The base optimizer has stepped: what the method staged becomes its memory, and nothing is undone any more."""
+        for name, vector in self._step.staged.items():
+            for parameter, value in self._entries(vector):
+                self._step.state[parameter][MEMORY_PREFIX + name] = value
+        for parameter, groups in zip(self.layout.parameters, self.layout.groups, strict=True):
+            if fsdp1_unsharded(parameter, groups):
+                # Unsharded (NO_SHARD), FSDP1's next forward fails at a gradient in memory that is not its own.
+                parameter.grad = None
+        self._close()
+
+    def skip(self, discard: bool) -> None:
+        """End the step without an update, the weights at w and the random streams where the first pass left them.
+
+        Args:
+            discard: put the buffers back too, so that statistics hold nothing of the batch; False leaves them to the
+                first pass, as an ordinary step does whose scaled gradient overflowed.
+        """
+        self._placement.restore()
+        self._drop_gradients()
+        end_skipped(self._controls, discard)
+        self._close()
+
+    def rollback(self) -> None:
+        """End the step as if it had not begun."""
+        try:
+            to_rest(self._step.model)
+        finally:
+            self._placement.restore()
+            self._drop_gradients()
+            for control in self._controls:
+                control.rollback()
+            self._close()
+
+    def __enter__(self) -> Transaction:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._open:
+            self.rollback()
+
+    # How it does it.
+
+    def _close(self) -> None:
+        self._open = False
+        self._rule.close()
+        self._gradient = self._direction = self._plain = None
+
+    @torch.no_grad()
+    def _advance(self) -> Pass | None:
+        """Let the rule compute until it asks for its next pass (None: it has returned its direction)."""
+        gradient, self._gradient = self._gradient, None
+        try:
+            return next(self._rule) if gradient is None else self._rule.send(gradient)
+        except StopIteration as end:
+            self._direction = end.value
+            return None
+
+    def _drop_gradients(self) -> None:
+        for parameter in self.layout.parameters:
+            parameter.grad = None
+
+    def _take_gradient(self, graph: bool) -> Vector:
+        """Take the gradients out of the parameters, so that nobody adds to them or zeroes them in place."""
+        values, where = [], []
+        for place, parameter in enumerate(self.layout.parameters):
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if gradient.layout != torch.strided:
+                raise ValueError(
+                    f'parameter {place} of shape {tuple(parameter.shape)} has a gradient of layout {gradient.layout}: '
+                    'only dense gradients are supported; use nn.Embedding(..., sparse=False)'
+                )
+            parameter.grad = None
+            values.append(gradient)
+            where.append(place)
+        if not graph:
+            values = [value.detach() if value.requires_grad else value for value in values]
+        if not self.layout.plain:
+            values = [
+                real(placed_like(self.layout.parameters[place], v)) for v, place in zip(values, where, strict=True)
+            ]
+        if several_processes():
+            values = [own_memory(v, self.layout.parameters[place]) for v, place in zip(values, where, strict=True)]
+        self._check_memory(values, where)
+        return Vector(values, where, self.layout)
+
+    @torch.no_grad()
+    def _kept(self, gradient: Vector, synchronised: bool) -> Vector:
+        """A copy of the first gradient, which the method may use up, averaged over ranks."""
+        copied = gradient.like([value.detach().clone() for value in gradient.values])
+        return copied if synchronised else self._step.mean(copied)
+
+    @torch.no_grad()
+    def _whole_direction(self) -> Vector:
+        """What replaces the gradient, with the part that goes past the base optimizer."""
+        direction = self._found()
+        return direction.gradients if direction.decoupled is None else add(direction.gradients, direction.decoupled)
+
+    def _check_twice_differentiable(self) -> None:
+        """Raise ValueError before a pass whose gradient could not be differentiated again."""
+        flattened = any(fsdp1_flattened(parameter) for parameter in self.layout.parameters)
+        if self.layout.sharded or flattened or not self.layout.plain:
+            raise ValueError('second derivatives of sharded (FSDP) or complex parameters are not supported')
+
+    def _check_memory(self, values: list[Tensor], where: list[int]) -> None:
+        """Raise ValueError where a pass left no gradient, or one in memory that something else is in."""
+        if not values:
+            if self.layout.parameters and not self.layout.sharded:
+                raise ValueError('no parameter has a gradient after the pass: the closure must call backward()')
+            return
+        address = values[0].data_ptr()
+        last = None if self._last is None else self._last()
+        overwritten = last is not None and last.data_ptr() == address
+        if address and (overwritten or address == real(self.layout.parameters[where[0]]).data_ptr()):
+            raise ValueError(
+                'two passes left their gradients in the same memory, as a captured CUDA graph does: put copies into '
+                '.grad, for example parameter.grad = static_gradient.clone()'
+            )
+        # An object of its own: alive as long as the method holds the gradient, whoever else holds its memory.
+        values[0] = values[0].view_as(values[0])
+        self._last = weakref.ref(values[0])
+
+    def _found(self) -> Direction:
+        if self._direction is None:
+            raise RuntimeError('the direction is not known before all passes are done')
+        return self._direction
+
+    def _entries(self, vector: Vector) -> list[tuple[Tensor, Tensor]]:
+        """Parameters and the vector's tensors, these in the form the base optimizer expects."""
+        pairs = zip(vector.values, vector.where, strict=True)
+        return [
+            (self.layout.parameters[where], shaped_like(self.layout.parameters[where], value)) for value, where in pairs
+        ]

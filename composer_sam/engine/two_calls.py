@@ -1,0 +1,167 @@
+"""The classic idiom for people without a closure: backward, ``first_step``, backward, ``second_step``."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from composer_sam.engine.controls import Control, end_skipped
+from composer_sam.engine.rule import PLAIN
+from composer_sam.engine.stepper import Stepper
+
+__all__ = ['TwoCalls']
+
+
+class TwoCalls:
+    """Drives an optimizer's passes from two calls.
+
+    The first forward is over when ``first`` is called, too late to note the random streams and buffers it began with.
+    So the model is watched: the first forward in training mode after a step notes them.
+    """
+
+    def __init__(self, optimizer: Stepper):
+        self._optimizer = weakref.proxy(optimizer)
+        self._passes: Any = None
+        self._plain: list[tuple[Tensor, Tensor]] | None = None
+        # A plain or a skipped step needs no second pass: what the user's second forward draws and counts is taken back.
+        self._idle_controls: Sequence[Control] = ()
+        self._pending = False
+        self._watch = None
+        if optimizer.model is not None and not optimizer.host.steps_by_itself:
+            self._watch = _Watch(optimizer)
+            self._watch.handle = optimizer.model.register_forward_pre_hook(self._watch)
+
+    def check_none_pending(self) -> None:
+        if self._pending:
+            raise ValueError(
+                'second_step() is missing: the order is backward, first_step, backward, second_step '
+                '(abandon_step() takes a begun step back)'
+            )
+
+    def stop_watching(self) -> None:
+        """For optimizers stepped by a closure or a loop, which need no watch."""
+        self.check_none_pending()
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
+
+    def first(self, zero_grad: bool) -> None:
+        optimizer = self._optimizer
+        self.check_none_pending()
+        if optimizer.method.passes != 2:
+            raise ValueError(
+                f'{type(optimizer.method).__name__} takes {optimizer.method.passes} passes, not the two of '
+                'first_step() and second_step(): use step(closure) or passes()'
+            )
+        gradients = self._gradients('first_step()')
+        kept = [] if zero_grad else [(parameter, gradient.clone()) for parameter, gradient in gradients]
+        controls = () if self._watch is None else self._watch.take()
+        controls = controls or optimizer.controls()
+        passes = optimizer.run(controls=controls)
+        try:
+            plain = next(passes) is PLAIN
+            _put(gradients)  # beginning a step drops the gradients from before it
+            ended = not plain and next(passes, None) is None  # the gradient overflowed
+        except BaseException:
+            passes.close()
+            raise
+        self._passes = None if ended else passes
+        self._plain = gradients if plain else None
+        self._idle_controls = controls if plain or ended else ()
+        if plain:
+            for control in controls:
+                control.first_pass_done()
+        self._pending = True
+        _put([(parameter, None) for parameter, _ in gradients])
+        _put(kept)
+
+    def second(self, zero_grad: bool) -> None:
+        optimizer = self._optimizer
+        if not self._pending:
+            raise ValueError('first_step() is missing: the order is backward, first_step, backward, second_step')
+        if self._passes is None:
+            end_skipped(self._idle_controls, discard=optimizer.method.on_nonfinite == 'skip')
+            self._end()
+            self._rearm()
+            optimizer.base_optimizer.zero_grad()
+            return
+        try:
+            second = self._gradients('second_step()')
+        except ValueError:
+            self.abandon()
+            raise
+        if self._plain is not None:
+            _put([(parameter, None) for parameter, _ in second])
+            _put(self._plain)
+        for control in self._idle_controls:
+            control.settle()
+        passes = self._end()
+        try:
+            next(passes, None)
+        finally:
+            passes.close()
+            self._rearm()
+        if zero_grad:
+            optimizer.base_optimizer.zero_grad()
+
+    def abandon(self) -> None:
+        for control in self._idle_controls:
+            control.rollback()
+        passes = self._end()
+        if passes is not None:
+            passes.close()
+        self._rearm()
+
+    def _end(self) -> Any:
+        """Hold nothing of the step any more, and return its passes."""
+        passes, self._passes, self._plain, self._idle_controls = self._passes, None, None, ()
+        self._pending = False
+        return passes
+
+    def _rearm(self) -> None:
+        if self._watch is not None:
+            self._watch.armed = True
+
+    def _gradients(self, before: str) -> list[tuple[Tensor, Tensor]]:
+        pairs = [(p, p.grad) for p in self._optimizer.trainable() if p.grad is not None]
+        if not pairs:
+            raise ValueError(f'backward() is missing before {before}: no parameter has a gradient')
+        return pairs
+
+
+class _Watch:
+    """A forward pre-hook that notes how the first forward of a step finds random streams and buffers.
+
+    Copied or pickled with its module it becomes inert: it belongs to one optimizer.
+    """
+
+    def __init__(self, optimizer: Stepper | None = None):
+        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
+        self._noted: Sequence[Control] = ()
+        self.armed = optimizer is not None
+        self.handle: Any = None
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if self.armed and optimizer is not None and module.training and torch.is_grad_enabled():
+            self._noted = optimizer.controls()
+            self.armed = False
+
+    def take(self) -> Sequence[Control]:
+        noted, self._noted = self._noted, ()
+        return noted
+
+    def remove(self) -> None:
+        self.handle.remove()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _Watch, ()
+
+
+def _put(gradients: Any) -> None:
+    for parameter, gradient in gradients:
+        parameter.grad = gradient

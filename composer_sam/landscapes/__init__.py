@@ -1,0 +1,1 @@
+"""The loss over lines and planes of weights: computed on a grid, stored, and drawn."""

@@ -1,0 +1,242 @@
+"""Pictures of loss landscapes, by matplotlib."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from composer_sam.landscapes.storage import Landscape
+
+__all__ = ['COLORS', 'Scale', 'contours', 'curves', 'heading', 'number', 'surfaces']
+
+# Ratios of the largest to the smallest loss from which logarithms are drawn: as colours, and as heights.
+_LOG_COLORS, _LOG_HEIGHTS = 10.0, 200.0
+_SHADES, _RINGS = 128, 24  # at most so many contour lines
+COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9']  # told apart by the colour-blind
+_LINES = ['-', '--', '-.', ':']
+_GAP = '#d9d9d9'
+_STEPS = (
+    (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8.5),
+    (1, 1.5, 2, 3, 4, 5, 7),
+    (1, 2, 3, 5),
+    (1, 2, 5),
+    (1, 3),
+    (1,),
+)  # round numbers within a decade
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One scale of losses for all the landscapes of a picture.
+
+    Attributes:
+        low: The smallest finite loss.
+        high: The largest one.
+        log: Whether the logarithm is drawn.
+    """
+
+    low: float
+    high: float
+    log: bool
+
+    @classmethod
+    def of(cls, landscapes: Sequence[Landscape], log_from: float = _LOG_HEIGHTS) -> Scale:
+        """The scale of all the ``landscapes``, logarithmic from a ratio of losses on."""
+        finite = np.concatenate([landscape.loss[np.isfinite(landscape.loss)] for landscape in landscapes])
+        if not finite.size:
+            return cls(0.0, 1.0, False)
+        low, high = float(finite.min()), float(finite.max())
+        if low == high:
+            return cls(low, low + (abs(low) or 1.0), False)
+        return cls(low, high, low > 0 and high / low >= log_from)
+
+    def height(self, loss: Any) -> Any:
+        """What is drawn for a loss."""
+        with np.errstate(divide='ignore', invalid='ignore'):
+            return np.log10(loss) if self.log else np.asarray(loss, dtype=float)
+
+    def round_losses(self, most: int) -> list[float]:
+        """At most so many round losses in the range, about evenly spread over the heights."""
+        if not self.log:
+            return self._within(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(self.low, self.high))
+        decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        found: list[float] = []
+        for steps in _STEPS:
+            found = self._within(step * 10.0**decade for decade in decades for step in steps)
+            if len(found) <= most:
+                return found
+        return found[:: -(-len(found) // most)]
+
+    def _within(self, losses: Iterable[float]) -> list[float]:
+        return [float(loss) for loss in losses if self.low <= loss <= self.high]
+
+
+def curves(landscapes: Sequence[Landscape], title: str = '') -> Figure:
+    """The losses along a line, of every landscape in one pair of axes, and beside them the accuracies if known."""
+    with_accuracy = all(landscape.accuracy is not None for landscape in landscapes)
+    figure = Figure(figsize=(11, 4.4) if with_accuracy else (6.4, 4.4), layout='constrained')
+    panels = np.atleast_1d(figure.subplots(1, 2 if with_accuracy else 1))
+    scale = Scale.of(landscapes)
+    for index, landscape in enumerate(landscapes):
+        look: dict[str, Any] = {'color': COLORS[index % len(COLORS)], 'ls': _LINES[index % len(_LINES)], 'lw': 2}
+        for axes, values, marked in _columns(landscape, panels):
+            axes.plot(landscape.coordinates[0], _finite(values), label=landscape.label, **look)
+            for mark, height in zip(landscape.marks, marked, strict=True):
+                axes.plot(mark.at[0], height, 'o', color=look['color'], ms=6, mec='white', mew=1, zorder=3)
+                if len(landscape.marks) > 1:
+                    axes.annotate(
+                        mark.label, (mark.at[0], height), xytext=(0, 9), textcoords='offset points', ha='center'
+                    )
+    if scale.log:
+        ticks = scale.round_losses(8)
+        panels[0].set_yscale('log')
+        panels[0].set_yticks(ticks, labels=[number(tick) for tick in ticks])
+        panels[0].minorticks_off()
+    for axes, name in zip(panels, ('loss', 'accuracy (%)'), strict=False):
+        axes.set(xlabel=landscapes[0].axes[0], ylabel=name)
+        axes.margins(x=0)
+        axes.grid(alpha=0.25)
+        axes.spines[['top', 'right']].set_visible(False)
+    if len(landscapes) > 1:
+        panels[0].legend(frameon=False)
+    _entitle(figure, title)
+    return figure
+
+
+def contours(landscapes: Sequence[Landscape], title: str = '') -> Figure:
+    """The losses over a plane, side by side with the same contour lines and the same colours."""
+    scale = Scale.of(landscapes, _LOG_COLORS)
+    rows, columns = _arrangement(len(landscapes))
+    figure = Figure(figsize=(4.3 * columns + 1.1, 4.35 * rows + _caption_inches(title)), layout='constrained')
+    panels = figure.subplots(rows, columns, squeeze=False)
+    low, high = scale.height([scale.low, scale.high])
+    # A hair more than the range, which rounding would put the extreme losses out of.
+    shades = np.linspace(low, high + 1e-9 * (high - low), _SHADES + 1)
+    lines = scale.height(scale.round_losses(_RINGS))
+    solid: dict[str, Any] = {'negative_linestyles': 'solid'}  # heights below zero are nothing special
+    ticks = scale.height(scale.round_losses(10))
+    drawn = None
+    for axes, landscape in zip(panels.flat, landscapes, strict=False):
+        axes.set_facecolor(_GAP)
+        heights = np.ma.masked_invalid(scale.height(landscape.loss))
+        if heights.count():
+            drawn = axes.contourf(*landscape.coordinates, heights, levels=shades, cmap='viridis')
+            drawn.set_edgecolor('face')  # or hairlines show between the shades
+            crossed = [line for line in lines if heights.min() < line < heights.max()]
+            rings = axes.contour(
+                *landscape.coordinates, heights, levels=crossed, colors='white', linewidths=0.8, **solid
+            )
+            named = [line for line in crossed if np.isclose(line, ticks, rtol=1e-6, atol=1e-9).any()]
+            axes.clabel(rings, named, fmt=lambda height: number(10**height if scale.log else height), fontsize=8)
+        _mark_plane(axes, landscape)
+        axes.set(xlabel=landscape.axes[0], ylabel=landscape.axes[1])
+        axes.set_title(heading(landscape), fontsize=11)
+        axes.set_aspect('equal')
+        axes.locator_params(nbins=5)
+    for axes in panels.flat[len(landscapes) :]:
+        axes.set_visible(False)
+    if drawn is not None:
+        bar = figure.colorbar(drawn, ax=panels, shrink=0.85, pad=0.02, label='loss')
+        bar.set_ticks(list(ticks), labels=[number(loss) for loss in scale.round_losses(10)])
+    _entitle(figure, title)
+    return figure
+
+
+def surfaces(landscapes: Sequence[Landscape], title: str = '') -> Figure:
+    """The losses over a plane as surfaces, side by side with the same heights and the same colours."""
+    scale = Scale.of(landscapes)
+    rows, columns = _arrangement(len(landscapes))
+    height = 4.5 * rows + _caption_inches(title)
+    figure = Figure(figsize=(5.4 * columns, height))
+    panels = figure.subplots(rows, columns, squeeze=False, subplot_kw={'projection': '3d', 'computed_zorder': False})
+    figure.subplots_adjust(
+        left=0.01, right=0.96, bottom=0.03, top=1 - (_caption_inches(title) + 0.15) / height, wspace=0.05, hspace=0.08
+    )
+    low, high = (float(height) for height in scale.height([scale.low, scale.high]))
+    floor = low - 0.25 * (high - low)
+    ticks, lines = scale.round_losses(7), scale.height(scale.round_losses(_RINGS))
+    thin: dict[str, Any] = {'linewidths': 0.8, 'negative_linestyles': 'solid'}
+    for axes, landscape in zip(panels.flat, landscapes, strict=False):
+        x, y = np.meshgrid(*landscape.coordinates)
+        z = _finite(scale.height(landscape.loss))
+        look: dict[str, Any] = {'cmap': 'viridis', 'norm': Normalize(low, high)}
+        if np.isfinite(z).any():
+            axes.contour(x, y, np.ma.masked_invalid(z), levels=lines, zdir='z', offset=floor, zorder=0, **thin, **look)
+        axes.plot_surface(x, y, z, rcount=120, ccount=120, lw=0.2, edgecolor=(1, 1, 1, 0.35), **look)
+        axes.set_title(heading(landscape), fontsize=11, y=0.98)
+        axes.set_xlabel(landscape.axes[0], fontsize=9)
+        axes.set_ylabel(landscape.axes[1], fontsize=9)
+        axes.set_zlabel('loss', fontsize=9)
+        axes.set_zlim(floor, high)
+        axes.set_zticks(list(scale.height(ticks)), labels=[number(tick) for tick in ticks])
+        axes.locator_params(axis='x', nbins=5)
+        axes.locator_params(axis='y', nbins=5)
+        axes.tick_params(labelsize=8, pad=1)
+        axes.view_init(elev=26, azim=-55)
+        axes.set_box_aspect((1, 1, 0.8), zoom=0.92)
+    for axes in panels.flat[len(landscapes) :]:
+        axes.set_visible(False)
+    _entitle(figure, title)
+    return figure
+
+
+def _columns(landscape: Landscape, panels: np.ndarray) -> list[tuple[Axes, np.ndarray, list[float]]]:
+    """What is drawn into each of the panels: the values along the line and those of the marks."""
+    columns = [(panels[0], landscape.loss, [mark.loss for mark in landscape.marks])]
+    if len(panels) > 1 and landscape.accuracy is not None:
+        columns.append(
+            (panels[1], 100 * landscape.accuracy, [100 * (mark.accuracy or 0.0) for mark in landscape.marks])
+        )
+    return columns
+
+
+def _mark_plane(axes: Axes, landscape: Landscape) -> None:
+    """A cross at every checkpoint, with its name where there are several."""
+    for mark in landscape.marks:
+        axes.plot(*mark.at, 'P', color='white', mec='black', mew=0.8, ms=8, zorder=4)
+        if len(landscape.marks) > 1:
+            box = {'boxstyle': 'round,pad=0.2', 'fc': 'white', 'ec': 'none', 'alpha': 0.8}
+            place: dict[str, Any] = {'xytext': (0, 10), 'textcoords': 'offset points', 'ha': 'center'}
+            axes.annotate(f'{mark.label}: {number(mark.loss)}', (mark.at[0], mark.at[1]), fontsize=8, bbox=box, **place)
+
+
+def heading(landscape: Landscape) -> str:
+    """What stands above a panel: the label, and the loss at the checkpoint where there is one."""
+    if len(landscape.marks) != 1:
+        return landscape.label
+    (mark,) = landscape.marks
+    accuracy = '' if mark.accuracy is None else f', accuracy {100 * mark.accuracy:.1f} %'
+    return f'{landscape.label}: loss {number(mark.loss)}{accuracy}'
+
+
+def number(value: float) -> str:
+    """Three significant digits."""
+    return f'{value:.3g}' if 1e-3 <= abs(value) < 1e4 or value == 0 else f'{value:.0e}'
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    """Not a number, which is drawn as a gap, for what is infinite."""
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _arrangement(count: int) -> tuple[int, int]:
+    """Rows and columns for so many panels."""
+    columns = min(count, 3 if count != 4 else 2)
+    return -(-count // columns), columns
+
+
+def _caption_inches(title: str) -> float:
+    return 0.22 * (1 + title.count('\n')) if title else 0.0
+
+
+def _entitle(figure: Figure, title: str) -> None:
+    if title:
+        figure.suptitle(title, fontsize=11)

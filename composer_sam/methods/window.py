@@ -1,0 +1,203 @@
+"""Which steps are perturbed: an interval, a start and an end; and factors that follow a schedule."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from composer_sam.engine.moment import Moment
+from composer_sam.methods.hyperparameters import Range, check_count
+
+__all__ = [
+    'Schedules',
+    'Time',
+    'TimeLike',
+    'Window',
+    'check_schedules',
+    'check_schedules_alone',
+    'factor_of',
+]
+
+log = logging.getLogger(__name__)
+
+Schedule = Callable[[Any], float]
+Schedules = Mapping[str, Schedule]
+
+# Composer's time strings: a number and a unit.
+_TIME = re.compile(r'(?P<value>.+?)(?P<unit>iter|ep|ba|sp|tok|dur|sec)', re.IGNORECASE)
+_CLOCK = re.compile(r'(\d+[hms])+')  # '1h30m', which Composer reads as seconds
+_FACTOR = Range(ge=0)
+
+
+@runtime_checkable
+class TimeLike(Protocol):
+    """A ``Time`` of Composer's."""
+
+    def to_timestring(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Time:
+    """A moment of a run: so many units of it are over.
+
+    Attributes:
+        value: how many.
+        unit: of a Composer time string: ``'ba'``, ``'ep'``, ``'sp'``, ``'tok'``, ``'iter'``, or ``'dur'`` for the
+            part of the run.
+        text: as the user wrote it.
+    """
+
+    value: float
+    unit: str
+    text: str
+
+    @classmethod
+    def parse(cls, name: str, given: object) -> Time:
+        """The time that a string, or a ``Time`` of Composer's, says.
+
+        Raises:
+            ValueError: it says none, or one that ranks and runs would not agree on.
+        """
+        written = given.to_timestring() if isinstance(given, TimeLike) else given
+        text = written if isinstance(written, str) else ''
+        found = _TIME.fullmatch(text)
+        value = _finite(found['value']) if found else None
+        unit = found['unit'].lower() if found else ''
+        if unit == 'sec' or _CLOCK.fullmatch(text):
+            raise ValueError(f'{name} must not be in seconds, which differ between ranks and runs, got {given!r}')
+        if value is None or (unit != 'dur' and value != int(value)):
+            raise ValueError(f"{name} must be a Composer time such as '0.8dur', '10ep' or '500ba', got {given!r}")
+        if value < 0:
+            raise ValueError(f'{name} must not be negative, got {given!r}')
+        return cls(value, unit, text)
+
+    def reached(self, moment: Moment) -> bool:
+        """Whether so much of the run is over."""
+        return moment.elapsed(self.unit) >= self.value
+
+
+@dataclass(frozen=True)
+class Window:
+    """The steps that are perturbed.
+
+    Attributes:
+        interval: every how many steps.
+        start: the first moment; None for the beginning.
+        end: the first moment after the last; None for the end of the run.
+    """
+
+    interval: int
+    start: Time | None
+    end: Time | None
+
+    @classmethod
+    def of(cls, interval: object, start: object, end: object) -> Window:
+        """The window that a method's arguments say.
+
+        Raises:
+            ValueError: one of them is out of its range, or no step can lie in it.
+        """
+        steps = check_count('interval', interval)
+        first = None if start is None else Time.parse('start', start)
+        last = None if end is None else Time.parse('end', end)
+        if first is not None and last is not None and first.unit == last.unit and first.value >= last.value:
+            raise ValueError(f'start must lie before end, got start={first.text!r} and end={last.text!r}')
+        return cls(steps, first, last)
+
+    def holds(self, moment: Moment) -> bool:
+        """Whether the step at ``moment`` is perturbed."""
+        if (moment.batch + 1) % self.interval:
+            return False
+        started = self.start is None or self.start.reached(moment)
+        return started and (self.end is None or not self.end.reached(moment))
+
+    @property
+    def bounds(self) -> tuple[tuple[str, Time], ...]:
+        """The bounds that are set, by name."""
+        pairs = (('start', self.start), ('end', self.end))
+        return tuple((name, time) for name, time in pairs if time is not None)
+
+    def check_alone(self) -> None:
+        """Raise ValueError for a bound that only a trainer can tell."""
+        for name, time in self.bounds:
+            if time.unit != 'ba':
+                raise ValueError(
+                    f'{name}={time.text!r} needs a Trainer to tell the time: '
+                    f"without one give {name} in steps, for example '500ba'"
+                )
+
+    def check_run(self, method: str, run: str, part: Callable[[float, str], float | None]) -> None:
+        """Check the bounds against the length of a run, before it begins.
+
+        Args:
+            method: the method's name, for the log.
+            run: the run's length in words.
+            part: the part of the run that is over when so many of a unit are; None where nobody can tell.
+
+        Raises:
+            ValueError: no step of the run lies in the window, or a bound is a part of a run that has no length.
+        """
+        parts = {name: part(time.value, time.unit) for name, time in self.bounds}
+        for name, time in self.bounds:
+            if time.unit == 'dur' and parts[name] is None:
+                raise ValueError(f'{name}={time.text!r} needs max_duration')
+        first, last = parts.get('start'), parts.get('end')
+        if first is not None and last is not None and first >= last and self.start and self.end:
+            raise ValueError(
+                f'start must lie before end, got start={self.start.text!r} and end={self.end.text!r} in a run of {run}'
+            )
+        if first is not None and first >= 1 and self.start:
+            log.warning(
+                'start=%r is never reached in a run of %s: %s will perturb no step', self.start.text, run, method
+            )
+        if last is not None and last > 1 and self.end:
+            log.warning('end=%r is never reached in a run of %s', self.end.text, run)
+
+
+def check_schedules(method: str, schedules: Schedules, known: list[str]) -> None:
+    """Raise ValueError for a schedule that no hyper-parameter can follow.
+
+    Args:
+        method: the method's name.
+        schedules: by hyper-parameter.
+        known: the names of the numeric hyper-parameters that have a value.
+    """
+    for name, schedule in schedules.items():
+        if name not in known:
+            raise ValueError(f'schedules has no hyper-parameter {name!r} to follow: {method} has {", ".join(known)}')
+        if not callable(schedule):
+            raise ValueError(
+                f'schedules[{name!r}] must be a Composer scheduler or a callable of the timestamp, got {schedule!r}'
+            )
+
+
+def check_schedules_alone(schedules: Schedules) -> None:
+    """Raise ValueError for a schedule that needs a trainer."""
+    for name, schedule in schedules.items():
+        # By name: Composer need not be installed. Its schedulers name this protocol as their base.
+        if any(base.__qualname__ == 'ComposerScheduler' for base in type(schedule).__mro__):
+            raise ValueError(
+                f'schedules[{name!r}] is a Composer scheduler, which needs a Trainer: '
+                'without one give a callable of the timestamp'
+            )
+
+
+def factor_of(name: str, schedule: Schedule, moment: Moment) -> float:
+    """The factor of a hyper-parameter at a moment; 0 is allowed, where a radius starts or ends.
+
+    Raises:
+        ValueError: the schedule's value is not a finite number >= 0.
+    """
+    return _FACTOR.check(f'the factor of schedules[{name!r}] at step {moment.batch}', moment.factor(schedule))
+
+
+def _finite(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

@@ -1,0 +1,1 @@
+"""The hosts: one folder or file for each trainer that runs the training loop."""

@@ -1,0 +1,100 @@
+"""What a method does at Composer's events: the optimizer swap, the scaler, and the check of the run's length."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from composer.algorithms.sam import SAMOptimizer
+from composer.core import Algorithm, Event, Precision, State, TimeUnit
+from composer.loggers import Logger
+
+from composer_sam.engine.optimizer import SharpnessAwareOptimizer
+from composer_sam.engine.rule import Method
+from composer_sam.engine.wrappers import always_synchronises
+from composer_sam.trainers.composer.host import ComposerHost
+from composer_sam.trainers.composer.scaler import GradScaler
+
+__all__ = ['apply', 'register']
+
+log = logging.getLogger(__name__)
+
+
+def register(algorithm: type[Any]) -> None:
+    """Make a class, and all that extend it, an ``Algorithm`` to ``isinstance``."""
+    Algorithm.register(algorithm)
+
+
+def apply(method: Method, event: Event, state: State, logger: Logger) -> None:
+    """Do what a method has to do at an event of the Trainer's."""
+    if event == Event.FIT_END:
+        _report(method, state)
+        return
+    _install_scaler(method, state)
+    if event == Event.FIT_START:
+        _swap(method, state, logger)
+
+
+def _swap(method: Method, state: State, logger: Logger) -> None:
+    """Put the wrapper in the optimizer's place, once, also over several fits."""
+    name = type(method).__name__
+    if not state.optimizers:
+        raise ValueError(f'{name} needs an optimizer: give the Trainer optimizers=...')
+    method.check_run(str(state.max_duration), lambda value, unit: _part(state, value, TimeUnit(unit)))
+    optimizer = state.optimizers[0]
+    if isinstance(optimizer, SharpnessAwareOptimizer) and optimizer.method is method:
+        optimizer.model = state.model
+        return
+    if isinstance(optimizer, SAMOptimizer):
+        raise ValueError(f'composer.algorithms.SAM has wrapped the optimizer already: use it or {name}, not both')
+    if always_synchronises(state.model) and not method.sync_first_pass and method.passes > 1:
+        log.warning(
+            'FSDP averages every gradient over the ranks, so all ranks of %s perturb alike: sync_first_pass=False, '
+            'one perturbation per rank (m-sharpness), has no effect',
+            name,
+        )
+    state.optimizers = SharpnessAwareOptimizer(optimizer, method, state.model, host=ComposerHost(state, logger))
+
+
+def _install_scaler(method: Method, state: State) -> None:
+    """At amp_fp16 put a scaler in place that knows of passes; ``fit(precision=...)`` replaces it every time."""
+    if state.precision != Precision.AMP_FP16 or isinstance(state.scaler, GradScaler):
+        return
+    if method.backwards_create_graph:
+        raise ValueError(
+            f"precision='amp_fp16' is not supported by {type(method).__name__}: second derivatives of a scaled loss "
+            "overflow unnoticed. Use precision='amp_bf16' or 'fp32'"
+        )
+    scaler = GradScaler(state.device.name if state.device.name == 'cpu' else 'cuda')
+    if state.scaler is not None and state.scaler.is_enabled():
+        scaler.load_state_dict(state.scaler.state_dict())
+    state.scaler = scaler
+
+
+def _report(method: Method, state: State) -> None:
+    """Say so where training has ended without one perturbed step."""
+    optimizer = state.optimizers[0]
+    if isinstance(optimizer, SharpnessAwareOptimizer) and optimizer.steps_taken and not optimizer.steps_perturbed:
+        log.warning(
+            '%s perturbed none of the %d steps that were taken: they were plain steps of %s',
+            method,
+            optimizer.steps_taken,
+            type(optimizer.base_optimizer).__name__,
+        )
+
+
+def _part(state: State, value: float, unit: TimeUnit) -> float | None:
+    """The part of the run that is over when so many of a unit are; None where nobody can tell."""
+    length = state.max_duration
+    if length is None:
+        return None
+    if unit == TimeUnit.DURATION:
+        return value
+    if unit != length.unit:
+        # Epochs and steps can be told from each other by the steps of an epoch.
+        steps = {TimeUnit.EPOCH: state.dataloader_len, TimeUnit.BATCH: 1}
+        of, by = steps.get(length.unit), steps.get(unit)
+        if of is None or by is None:
+            return None
+        value = value * int(by) / int(of)
+    return value / length.value

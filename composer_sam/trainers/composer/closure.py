@@ -1,0 +1,85 @@
+"""Composer's closure, opened in one place, once: its trainer and its micro-batches."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from types import CellType
+from typing import Any
+
+import composer
+from composer.distributed import DDPSyncStrategy
+from torch.nn.parallel import DistributedDataParallel
+
+from composer_sam.engine.closures import Closure
+from composer_sam.engine.rule import PLAIN, Pass
+
+__all__ = ['ComposerClosure']
+
+
+class ComposerClosure(Closure):
+    """The closure that a Trainer hands to ``step``.
+
+    It zeroes the gradients, runs all micro-batches and fires the events. Called with ``ddp_sync=False`` it leaves
+    gradients on their rank by itself, and a loss logged in a dictionary of its own is one that nobody sees.
+
+    Args:
+        function: the closure. At amp_fp16 the scaler has wrapped it.
+
+    Raises:
+        RuntimeError: it is not made as Composer 0.32 makes it.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        super().__init__(function)
+        self.checks_gradients = getattr(function, 'checks_gradients', False)
+        cells = _cells(function)
+        self._trainer: Any = cells['self'].cell_contents
+        # The variable the closure reads its micro-batches from: written to, the next call takes what was written.
+        self.microbatches = cells['microbatches']
+        if not hasattr(self._trainer, '_ddp_sync_strategy'):
+            raise _unknown('its Trainer has no _ddp_sync_strategy')
+
+    def __call__(self, request: Pass, index: int) -> Any:
+        if request is PLAIN:
+            return self.function()
+        # The losses of the first pass are logged, those of the others are not.
+        options = {} if index == 0 else {'loss_dict': {}}
+        return self.function(ddp_sync=request.sync, **options)
+
+    @contextlib.contextmanager
+    def unsynchronised(self, ddp: DistributedDataParallel) -> Iterator[None]:
+        """The context in which gradients stay on their rank whatever ``ddp_sync_strategy`` says.
+
+        ``ddp_sync=False`` does so for all but ``'forced_sync'``, which reduces gradients by hand after the backward.
+        """
+        del ddp
+        trainer = self._trainer
+        strategy = trainer._ddp_sync_strategy
+        if strategy == DDPSyncStrategy.FORCED_SYNC:
+            trainer._ddp_sync_strategy = DDPSyncStrategy.MULTI_AUTO_SYNC  # no context of its own inside no_sync
+        try:
+            yield
+        finally:
+            trainer._ddp_sync_strategy = strategy
+
+
+def _cells(function: Callable[..., Any]) -> dict[str, CellType]:
+    """The variables of Composer's that its closure keeps, by name."""
+    closure = inspect.unwrap(function)
+    names: tuple[str, ...] = getattr(getattr(closure, '__code__', None), 'co_freevars', ())
+    kept: tuple[CellType, ...] = getattr(closure, '__closure__', None) or ()
+    cells = dict(zip(names, kept, strict=False))
+    missing = [name for name in ('self', 'microbatches') if name not in cells]
+    if missing:
+        raise _unknown(f'it does not keep {" and ".join(missing)}')
+    return cells
+
+
+def _unknown(what: str) -> RuntimeError:
+    return RuntimeError(
+        f'the closure handed to step() is not the one that a Trainer of Composer 0.32 makes ({what}; Composer '
+        f'{composer.__version__} is installed): use mosaicml>=0.32.1,<0.33, or outside of a Trainer make a '
+        'SharpnessAwareOptimizer of your own'
+    )

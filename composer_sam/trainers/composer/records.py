@@ -1,0 +1,87 @@
+"""What a repeated pass must not disturb of a Trainer's: train metrics, outputs, losses and micro-batches."""
+
+from __future__ import annotations
+
+import copy
+from types import CellType
+from typing import Any
+
+from composer.algorithms import GradientClipping
+from composer.callbacks import MemoryMonitor
+from composer.core import State
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+__all__ = ['RecordsControl']
+
+
+class RecordsControl:
+    """Composer's side of a step: train metrics, ``state.outputs``, ``state.loss`` and the micro-batches.
+
+    From the second pass on no train metric is updated, and what the trainer shows at BATCH_END is the first pass's.
+    The micro-batches are handed to every pass as they were: an algorithm or a transform that changes them in place
+    (Composer allows it) would otherwise change them a second time. GradientClipping, which would act on every pass's
+    gradient, and MemoryMonitor, which would report every pass, are taken out until the direction is found; the step
+    then applies them, once.
+
+    Args:
+        state: Composer's ``State``.
+        microbatches: the variable Composer's closure reads its micro-batches from.
+    """
+
+    _RECORDS = ('outputs', 'loss')
+
+    def __init__(self, state: State, microbatches: CellType):
+        self._state = state
+        self._metrics = state.train_metrics
+        self._batch = state.batch
+        self._cell = microbatches
+        self._microbatches = microbatches.cell_contents
+        self._pristine = tree_map(_clone, self._microbatches)
+        self._records: dict[str, Any] = {}
+        self._algorithms = list(state.algorithms)
+        self._callbacks = list(state.callbacks)
+        state.algorithms = [a for a in self._algorithms if not isinstance(a, GradientClipping)]
+        state.callbacks = [c for c in self._callbacks if not isinstance(c, MemoryMonitor)]
+
+    def first_pass_done(self) -> None:
+        # The trainer may have moved the metrics to its device, which makes a new dictionary.
+        self._metrics = self._state.train_metrics
+        self._records = {name: getattr(self._state, name) for name in self._RECORDS if hasattr(self._state, name)}
+
+    def rewind(self) -> None:
+        if self._metrics is not None:
+            self._state.train_metrics = {}
+        self._cell.cell_contents = tree_map(_clone, self._pristine)
+
+    def settle(self) -> None:
+        self._state.algorithms = self._algorithms
+        self._state.callbacks = self._callbacks
+        self._state.train_metrics = self._metrics
+        self._state.batch = self._batch
+        self._cell.cell_contents = self._microbatches
+        for name, value in self._records.items():
+            # Without its graph, which a differentiable backward would otherwise keep alive until the next batch.
+            setattr(self._state, name, tree_map(_detached, value))
+
+    def discard(self) -> None:
+        self.settle()
+
+    def rollback(self) -> None:
+        # The trainer itself clears metrics and records before it tries a batch again.
+        self.settle()
+        tree_map(_write_back, self._microbatches, self._pristine)
+
+
+def _clone(item: Any) -> Any:
+    # Not a deep copy: that copies the whole storage a tensor is a slice of.
+    return item.detach().clone() if isinstance(item, Tensor) else copy.deepcopy(item)
+
+
+def _detached(item: Any) -> Any:
+    return item.detach() if isinstance(item, Tensor) else item
+
+
+def _write_back(item: Any, pristine: Any) -> None:
+    if isinstance(item, Tensor):
+        item.detach().copy_(pristine)

@@ -1,0 +1,173 @@
+"""How parameters are spread over ranks, and sums over all ranks that count each element once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias, TypeGuard
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+__all__ = ['Groups', 'Layout', 'average', 'is_dtensor', 'largest', 'local', 'real', 'several_processes', 'shaped_like']
+
+# The process groups over which one parameter is sharded; none where every rank holds all of it.
+Groups: TypeAlias = tuple[dist.ProcessGroup, ...]
+
+_ORDINARY = (Tensor, nn.Parameter)
+
+
+class Layout:
+    """The trainable parameters of one optimizer, and the ranks over which each of them is sharded.
+
+    Args:
+        parameters: the parameters in the optimizer's order.
+        groups: for each parameter the process groups that hold its other shards; None if nothing is sharded.
+        padded: whether the tensors hold padding beside the weights, as the flat parameters of FSDP1 do.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], groups: Sequence[Groups] | None = None, padded: bool = False):
+        self.parameters = tuple(parameters)
+        self.groups: tuple[Groups, ...] = ((),) * len(self.parameters) if groups is None else tuple(groups)
+        self.padded = padded
+        self.sharded = any(self.groups)
+        # Nothing to unwrap: neither DTensors nor complex numbers.
+        self.plain = not any(is_dtensor(p) or p.is_complex() for p in parameters)
+        self.accumulator = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+
+    def stack(self, scalars: Sequence[Tensor]) -> Tensor:
+        """0-dimensional tensors as one 1-dimensional tensor, on the first one's device."""
+        device = scalars[0].device
+        return torch.stack([s if s.device == device else s.to(device) for s in scalars])
+
+    def sums(self, columns: Sequence[Sequence[Tensor]], where: Sequence[int]) -> list[Tensor]:
+        """For each column of partial results its sum over all ranks that hold a shard of the parameter each belongs to.
+
+        One collective per set of ranks for all columns together, with however few entries this rank contributes.
+        """
+        if not self.sharded:
+            return [self.stack(column).sum() if column else self._zero() for column in columns]
+        totals: list[Tensor] = []
+        for groups in dict.fromkeys(self.groups):
+            members = [
+                [p for p, place in zip(column, where, strict=True) if self.groups[place] == groups]
+                for column in columns
+            ]
+            own = [self.stack(partials).sum() if partials else self._zero() for partials in members]
+            totals.append(_summed(self.stack(own), groups))
+        device = totals[0].device
+        return list(torch.stack([total.to(device) for total in totals]).sum(0))
+
+    def totals(self, partials: Sequence[Tensor], where: Sequence[int]) -> list[Tensor]:
+        """Each parameter's partial result, summed over the ranks that hold a shard of it."""
+        own = dict(zip(where, partials, strict=True))
+        sums: dict[int, Tensor] = {}
+        for groups in dict.fromkeys(self.groups):
+            members = [place for place, its in enumerate(self.groups) if its == groups]
+            together = _summed(self.stack([own.get(place, self._zero()) for place in members]), groups)
+            sums.update(zip(members, together, strict=True))
+        return [sums[place] for place in where]
+
+    def _zero(self) -> Tensor:
+        device = local(self.parameters[0]).device if self.parameters else None
+        return torch.zeros((), dtype=self.accumulator, device=device)
+
+
+def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether ``tensor`` is spread over ranks by torch itself (FSDP2, tensor parallelism)."""
+    if type(tensor) in _ORDINARY:
+        return False
+    # Not imported here, which takes longer than the rest of torch: nobody can have made one without the module.
+    module = sys.modules.get('torch.distributed.tensor')
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of ``tensor`` that lies on this rank, sharing its memory."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def real(tensor: Tensor) -> Tensor:
+    """The local part of a tensor, complex numbers as pairs of real ones; shares its memory."""
+    part = local(tensor)
+    return torch.view_as_real(part) if part.is_complex() else part
+
+
+def shaped_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A local tensor of vector mathematics in the form the parameter's optimizer expects: complex, or a DTensor."""
+    if local(parameter).is_complex():
+        value = torch.view_as_complex(value)
+    if is_dtensor(parameter):
+        return type(parameter).from_local(
+            value,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+    return value
+
+
+def several_processes() -> bool:
+    """Whether there is a process group; it may have one rank only."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def largest(flag: Tensor) -> Tensor:
+    """The largest of all ranks' flags, by one reduction in the memory of this rank's."""
+    if several_processes():
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return flag
+
+
+def average(
+    values: Sequence[Tensor], where: Sequence[int], layout: Layout, group: dist.ProcessGroup | None
+) -> tuple[list[Tensor], list[int]]:
+    """The mean over ranks of one tensor per parameter, in one collective per data type.
+
+    A parameter that has no tensor on this rank counts as zero, and is in the result if any rank has one for it.
+
+    Returns:
+        The averaged tensors and their places in ``layout.parameters``.
+    """
+    own = dict(zip(where, values, strict=True))
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, parameter in enumerate(layout.parameters):
+        kinds.setdefault((parameter.device, parameter.dtype), []).append(place)
+    averaged: dict[int, Tensor] = {}
+    for (device, dtype), places in kinds.items():
+        pieces = [own.get(place) for place in places]
+        sizes = [layout.parameters[place].numel() for place in places]
+        buffer = torch.zeros(sum(sizes) + len(places), device=device, dtype=dtype)
+        *segments, present = buffer.split([*sizes, len(places)])
+        views = [
+            segment.as_strided(parameter.size(), _dense_stride(parameter))
+            for segment, parameter in zip(segments, (layout.parameters[place] for place in places), strict=True)
+        ]
+        filled = [(view, piece) for view, piece in zip(views, pieces, strict=True) if piece is not None]
+        if filled:
+            torch._foreach_copy_([view for view, _ in filled], [piece for _, piece in filled])
+        present.copy_(torch.tensor([piece is not None for piece in pieces]))
+        dist.all_reduce(buffer, group=group)
+        buffer /= dist.get_world_size(group)
+        # The device is asked only for what this rank cannot know.
+        anywhere = [True] * len(places) if len(filled) == len(places) else (present > 0).tolist()
+        averaged.update((place, view) for place, view, some in zip(places, views, anywhere, strict=True) if some)
+    found = sorted(averaged)
+    return [averaged[place] for place in found], found
+
+
+def _summed(tensor: Tensor, groups: Groups) -> Tensor:
+    for group in groups:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def _dense_stride(parameter: Tensor) -> tuple[int, ...]:
+    """The strides a gradient of the parameter has: the parameter's own, without gaps."""
+    return parameter.stride() if parameter.is_contiguous() else torch.empty_like(parameter, device='meta').stride()
