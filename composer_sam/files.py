@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from pathlib import Path
 
 __all__ = ['write_whole']
@@ -20,22 +19,12 @@ def write_whole(path: Path, content: bytes | str) -> None:
     Raises:
         OSError: the content could not be written, for example on a full disk; the old file is untouched.
     """
-    data = content.encode() if isinstance(content, str) else content
     # Its own name, so that two processes that write the same file do not write into one another's.
-    handle, partial = tempfile.mkstemp(prefix=f'.{path.name}.', suffix='.partial', dir=path.parent)
+    partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
     try:
-        with os.fdopen(handle, 'wb') as file:
-            file.write(data)
-        os.chmod(partial, 0o666 & ~_umask())
-        os.replace(partial, path)
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(partial)
+            partial.unlink()
         raise
-
-
-def _umask() -> int:
-    """The process's mask of permissions, which can be read only by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
