@@ -1,9 +1,9 @@
-# Every target makes its own environment in .venv; it needs Python 3.10-3.12 and PyPI.
+# Every target makes its own environment in .venv; it needs Python 3.10-3.12 (Composer's) and PyPI.
 PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.10,$(shell python$(v) -c 'import sys; print("python$(v)")' 2>/dev/null)) python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all gpu benchmarks check format lint types clean
+.PHONY: demo test test-all test-torch gpu benchmarks check format lint types clean
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not ((3, 10) <= sys.version_info[:2] <= (3, 12)))' \
@@ -22,6 +22,22 @@ test: $(VENV)/.installed
 
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -m ''
+
+# Methods, engine, vectors, diagnostics and distribution under another torch, in an environment of its own without
+# Composer: make test-torch TORCH=2.15.0 PYTHON=python3.13. PIP_INDEX_URL may name an index of CPU wheels.
+TORCH ?= 2.15.0
+TORCH_VENV := .venv-torch-$(TORCH)
+
+$(TORCH_VENV)/.installed: pyproject.toml
+	@echo 'making the environment in $(TORCH_VENV) (once, a few minutes) ...'
+	@test -x $(TORCH_VENV)/bin/python || $(PYTHON) -m venv $(TORCH_VENV)
+	$(TORCH_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(TORCH_VENV)/bin/python -m pip install --quiet torch==$(TORCH) -e '.[diagnostics,test]'
+	@touch $@
+
+test-torch: $(TORCH_VENV)/.installed
+	$(TORCH_VENV)/bin/python -c 'import sys, torch; print("torch", torch.__version__, "Python", sys.version.split()[0])'
+	$(TORCH_VENV)/bin/python -m pytest tests/conformance tests/diagnostics tests/distributed tests/reference tests/unit
 
 gpu: $(VENV)/.installed
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
@@ -43,11 +59,13 @@ format: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 
 types: $(VENV)/.installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright --pythonpath $(BIN)/python --project pyrightconfig.strict.json
 
 check: lint types test
 
 clean:
-	rm -rf $(VENV) demo runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-torch-* demo runs .pytest_cache .ruff_cache .hypothesis

@@ -1,12 +1,12 @@
-"""All benchmarks, one after the other, and what README shows of them.
+"""Run all benchmarks one after the other, and update the figures of README and docs.
 
-    python -m benchmarks                        # the CPU set: within an hour on two cores that do nothing else
+    python -m benchmarks                        # the CPU set: an hour on two idle cores
     python -m benchmarks --images DIR           # CIFAR-10 from an image folder instead of torchvision's download
-    python -m benchmarks --set long             # what takes longer: curvature of ResNet-18
+    python -m benchmarks --set long             # the slow set: curvature of ResNet-18
     python -m benchmarks --only memory scaling
 
-What is done is kept in benchmarks/.work, case by case, so that the same command goes on where it was cut off; a change
-of the code, of a version or of the machine makes a case be measured anew.
+Finished cases are stored in benchmarks/.work, so that the same command continues an interrupted run. A case is measured
+again after a change of the code, of a version or of the machine.
 """
 
 from __future__ import annotations
@@ -49,6 +49,6 @@ if __name__ == '__main__':
     try:
         main()
     except subprocess.CalledProcessError as error:
-        sys.exit(f'{error.cmd[2]} failed; what was done is kept, the same command goes on')
+        sys.exit(f'{error.cmd[2]} failed; finished cases are stored, and the same command continues the run')
     except KeyboardInterrupt:
-        sys.exit('interrupted; what was done is kept, the same command goes on')
+        sys.exit('interrupted; finished cases are stored, and the same command continues the run')

@@ -1,8 +1,9 @@
-"""Processes whose C library keeps freed memory, or hands it back to the system as it does by itself.
+"""Processes whose C library keeps freed memory, and processes whose C library has its default settings.
 
-glibc returns memory that lies free at the end of its heap, and whoever asks for it again waits for the kernel to supply
-it page by page. Whether that happens in a step depends on what else lies in the heap: a base step can lose a third of
-its time to it, or none. What is compared is therefore measured in processes that keep their memory, and once as it is.
+glibc returns free memory at the end of its heap to the kernel; when it is needed again, the kernel supplies it page by
+page, which takes time. Whether this happens in a step depends on what else is in the heap: a base step can lose a third
+of its time to it, or nothing. Steps are therefore compared in processes that keep their memory, and once with the
+default settings.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ ALLOCATORS = {'default': {}, 'keeps': _KEEP}
 
 
 def apart(allocator: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function's result in a fresh process, whose C library was told at its start what to do with freed memory."""
+    """Return the result of the function from a new process, started with the settings of an allocator."""
     found = dict(os.environ)
     for key in _KEEP:
         os.environ.pop(key, None)

@@ -13,7 +13,7 @@ __all__ = ['image_folder', 'small_folder']
 
 
 def image_folder(given: Path | None) -> Path:
-    """The folder given, or CIFAR-10 downloaded and written as one."""
+    """Return the given folder, or download CIFAR-10 and write it as a folder."""
     if given is not None:
         for split in ('train', 'test'):
             if not (given / split).is_dir():
@@ -33,7 +33,7 @@ def image_folder(given: Path | None) -> Path:
 
 
 def small_folder(whole: Path, train: int, test: int) -> Path:
-    """A folder of links to the first ``train`` and ``test`` images of every class, by name."""
+    """Return a folder of links to the first ``train`` and ``test`` images of every class, by name."""
     small = WORK / f'cifar10-{train}-{test}-{hashlib.sha256(str(whole).encode()).hexdigest()[:8]}'
     for split, count in (('train', train), ('test', test)):
         for folder in sorted(path for path in (whole / split).iterdir() if path.is_dir()):

@@ -1,9 +1,9 @@
-"""The collectives of a step: what a method asks of its ranks, what follows from it on paper, what ranks really do.
+"""The collectives of a step: requested by a method, predicted by arithmetic, and counted on real ranks.
 
-:func:`needs` runs a method on the engine and notes what it asks for. :func:`ddp` and :func:`sharded` are arithmetic:
-they turn that into collectives for any model and any number of ranks. :func:`counted` runs the same step on gloo
-processes and counts the collectives torch's dispatcher sees, whether Python asked for them or the C++ of
-DistributedDataParallel. ``benchmarks/scaling.py`` puts the two beside each other.
+:func:`needs` runs a method on the engine and records what it requests. :func:`ddp` and :func:`sharded` are arithmetic:
+they compute the collectives for any model and any number of ranks. :func:`counted` runs the same step on gloo
+processes and counts the collectives that reach torch's dispatcher, from Python and from the C++ code of
+DistributedDataParallel. ``benchmarks/scaling.py`` compares the two.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ __all__ = [
     'sharded',
 ]
 
-warnings.filterwarnings('ignore', message=r'Using backward\(\) with create_graph')  # the step ends the graph
+warnings.filterwarnings('ignore', message=r'Using backward\(\) with create_graph')  # the step releases the graph
 
-WARMUP = 3  # in its first steps DistributedDataParallel finds its buckets
+WARMUP = 3  # DistributedDataParallel arranges its buckets in its first steps
 
 
-# What a method asks for.
+# Requested by a method.
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Variant:
 
     @property
     def shardable(self) -> bool:
-        """Whether FSDP takes it: its backward must be differentiated once only."""
+        """Whether it runs under FSDP, which cannot differentiate a gradient again."""
         return self.method is None or not self.method.backwards_create_graph
 
     def __str__(self) -> str:
@@ -81,7 +81,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Needs:
-    """What ``steps`` steps together ask of the ranks.
+    """The requests of ``steps`` steps to the ranks.
 
     Args:
         steps: as many as the method's interval, one of which it perturbs.
@@ -111,7 +111,7 @@ class _NotedLayout(Layout):
 
 
 def needs(variant: Variant) -> Needs:
-    """What a method asks for from one perturbed step to the next, noted on the rule itself as it runs."""
+    """Return the requests of a method from one perturbed step to the next, recorded while its rule runs."""
     method, noted = variant.method, []
     counts = []
     for number in range(variant.interval):
@@ -129,12 +129,12 @@ def needs(variant: Variant) -> Needs:
     )
 
 
-# What follows from it, on paper.
+# Predicted by arithmetic.
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model as collectives see it.
+    """The sizes of a model that its collectives depend on.
 
     Args:
         parameters: elements.
@@ -171,15 +171,18 @@ class Collective:
 
     @property
     def traffic(self) -> float:
-        """Bytes every rank sends in the ring algorithm; in a broadcast along the ring all ranks but the last one."""
+        """The bytes every rank sends in the ring algorithm; in a broadcast along the ring every rank but the last."""
         if self.kind == 'broadcast':
             return self.bytes
         return (2 if self.kind == 'all_reduce' else 1) * (self.ranks - 1) / self.ranks * self.bytes
 
 
 def ddp(needs: Needs, size: Size, ranks: int) -> list[Collective]:
-    """Under DistributedDataParallel: a gradient is reduced in buckets, a mean in one piece, in which each tensor has
-    one element more that says whether a rank had it. Norms are each rank's own."""
+    """Return the collectives under DistributedDataParallel.
+
+    A gradient is reduced in buckets. A mean is reduced in one piece, in which each tensor has one more element that
+    says whether a rank had it. Every rank computes its own norms.
+    """
     gradients = needs.reduced * size.parameters + needs.means * (size.parameters + size.tensors)
     number = needs.reduced * size.buckets + needs.means
     return _merged(
@@ -191,7 +194,7 @@ def ddp(needs: Needs, size: Size, ranks: int) -> list[Collective]:
 
 
 def sharded(needs: Needs, size: Size, ranks: int, shards: int) -> list[Collective]:
-    """Under FSDP over ``shards`` ranks, with ``ranks / shards`` replicas of them (hybrid where there is more than one).
+    """Return the collectives under FSDP over ``shards`` ranks, with ``ranks / shards`` replicas (hybrid if several).
 
     Every pass gathers each unit for the forward and again for the backward, and reduces and scatters its gradient; the
     replicas then reduce the shards. What is summed over shards are fp32 numbers.
@@ -210,7 +213,7 @@ def sharded(needs: Needs, size: Size, ranks: int, shards: int) -> list[Collectiv
 
 
 def _merged(collectives: Iterable[Collective]) -> list[Collective]:
-    """One entry per kind and number of ranks."""
+    """Add up the collectives of each kind and number of ranks."""
     numbers, volumes = Counter(), Counter()
     for one in collectives:
         numbers[one.kind, one.ranks] += one.number
@@ -218,7 +221,7 @@ def _merged(collectives: Iterable[Collective]) -> list[Collective]:
     return sorted(Collective(key[0], key[1], number, volumes[key]) for key, number in numbers.items() if number)
 
 
-# What ranks really do.
+# Counted on real ranks.
 
 
 _KINDS = {
@@ -231,7 +234,7 @@ _KINDS = {
 
 
 class _Counting(TorchDispatchMode):
-    """Notes every collective that is dispatched in its context; those of a backward on the CPU run in its thread."""
+    """Records every collective that is dispatched in its context; on the CPU also those of a backward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -289,7 +292,7 @@ STRATEGIES: dict[str, tuple[Callable[[nn.Module], nn.Module], Callable[[int], in
 
 
 def _network(whole: bool) -> nn.Sequential:
-    """Where each rank has it whole, with buffers to hand out; otherwise of layers that divide without padding."""
+    """Return an MLP, for replicas with buffers to broadcast, for shards of layers that divide without padding."""
     hidden = [nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()]
     head = [nn.BatchNorm1d(256), nn.Linear(256, 10)] if whole else [nn.Linear(256, 16)]
     return nn.Sequential(*hidden, *head)
@@ -305,12 +308,12 @@ def _size(network: nn.Module) -> Size:
 
 
 def _with_buckets(size: Size, model: Any) -> Size:
-    """How DistributedDataParallel cuts the gradient it knows itself; where it never reduced one there is no need."""
+    """Take the number of buckets from DistributedDataParallel; it is not used if no gradient was reduced."""
     return replace(size, buckets=len(model._get_ddp_logging_data().get('rebuilt_bucket_sizes', '').split(',')))
 
 
 def counted(strategy: str, variant: Variant) -> dict[str, Any]:
-    """On every rank: the collectives of as many steps as the interval, and what they should be."""
+    """Return the counted and the predicted collectives of ``interval`` steps; called on every rank."""
     wrap, shards, _ = STRATEGIES[strategy]
     ranks, method = dist.get_world_size(), variant.method
     network = _network(whole=shards is None)
@@ -353,8 +356,10 @@ class _Batchwise(Callback):
 
 
 def counted_in_trainer(variant: Variant) -> dict[str, Any]:
-    """On every rank: the same through Composer's Trainer under DistributedDataParallel. What is predicted leaves out
-    the trainer's own collectives."""
+    """Return the same through Composer's Trainer under DistributedDataParallel; called on every rank.
+
+    The prediction leaves out the trainer's own collectives.
+    """
     network, batches = _network(whole=True), Batches(8, variant.interval, (64,), torch.device('cpu'))
     size = _size(network)
     trainer = make_trainer(network, batches, variant.algorithms)

@@ -1,4 +1,4 @@
-"""What the largest eigenvalue of the Hessian costs, in time and memory, against one training step of the same run.
+"""Time and memory of the largest eigenvalue of the Hessian, compared with a training step.
 
 The training step is a forward, a backward and a step of SGD with momentum on one batch; the Hessian is that of all
 samples in micro-batches, at the weights those steps end with. Each is a process of its own, whose peak of resident
@@ -61,7 +61,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[Tensor, T
 
 
 def measured(case: str, model: str, batch: int, microbatch: int | None, weights: str) -> dict[str, float]:
-    """One case, in this process."""
+    """Measure one case in this process."""
     build, data, samples = MODELS[model]
     torch.manual_seed(0)
     net, (inputs, labels) = build(), data(samples)
@@ -83,7 +83,7 @@ def measured(case: str, model: str, batch: int, microbatch: int | None, weights:
 
 
 def _trained(net: nn.Module, loss: Any, batches: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
-    """The seconds of every step but the first few."""
+    """Return the seconds of every step but the first few."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     seconds = []
     for index in range(_STEPS):
@@ -97,7 +97,7 @@ def _trained(net: nn.Module, loss: Any, batches: Sequence[tuple[Tensor, Tensor]]
 
 
 def row(model: str, batch: int, microbatch: int | None, folder: str) -> tuple[Any, ...]:
-    """A row of the report, from processes of their own."""
+    """Return a row of the report, measured in new processes."""
 
     def run(case: str) -> dict[str, float]:
         given = {'case': case, 'model': model, 'batch': batch, 'microbatch': microbatch, 'weights': f'{folder}/{model}'}

@@ -1,6 +1,7 @@
-"""One command for a machine with a GPU: does everything hold there, and what does it cost?
+"""Check correctness and measure cost on a machine with a GPU, in one command.
 
-Runs in under eight minutes and writes one report. A section that fails is reported with its error, and the others run.
+It runs in under eight minutes and writes one report. A section that fails is reported with its error, and the others
+run.
 
     python -m benchmarks.gpu
     python -m benchmarks.gpu --sections time memory --data path/to/images
@@ -115,7 +116,7 @@ def step_time(options: argparse.Namespace, device: torch.device) -> Table:
 
 
 def overhead(options: argparse.Namespace, device: torch.device) -> Table:
-    """(c) The optimizer's side alone, with both ways of moving the weights."""
+    """(c) The optimizer's part of a step, with both ways of moving the weights."""
     table = Table('Optimizer-side cost of a step', ('model', *OVERHEAD_COLUMNS), note=OVERHEAD_NOTE)
     on_gpu = device.type == 'cuda'
     for model in ('resnet18', 'vit_b_16') if on_gpu else ('resnet18',):
@@ -166,7 +167,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace, torch.device], Table]] = {
 
 
 def _batches(data: str | None, size: int, count: int, device: torch.device) -> Batches:
-    """Synthetic images of CIFAR's shape, or the first ones found in an image folder or an ``.npz`` of x and y."""
+    """Return synthetic images of CIFAR's shape, or the first images of an image folder or of an ``.npz`` of x and y."""
     batches = Batches(size, count, (3, 32, 32), device)
     if data is None:
         return batches
@@ -220,7 +221,7 @@ def main() -> None:
             traceback.print_exc()
             result = f'{type(error).__name__}: {str(error)[:300]}'
         outcome.add(name, result, time.perf_counter() - begin)
-        report.write()  # what is measured is kept, should a later section not return
+        report.write()  # so that finished sections are stored if a later one does not return
         if device.type == 'cuda':
             torch.cuda.empty_cache()
     report.add(outcome)

@@ -1,4 +1,4 @@
-"""What must hold on a GPU: captured graphs, compiled models and running out of memory change nothing."""
+"""Checks on a GPU: captured graphs, compiled models and running out of memory do not change the result."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _BATCH = 64
 
 @dataclass(eq=False)
 class BothGradients(SharpnessAware):
-    """Reads the first pass's gradient after the second pass: wrong where that memory is written to again."""
+    """Reads the first pass's gradient after the second pass, which is wrong if its memory has been written to."""
 
     def direction(self, step: Step) -> Passes:
         grad = yield Pass()
@@ -62,7 +62,7 @@ class Run:
         return self.backward()
 
     def snapshot(self) -> list[Tensor]:
-        """Copies of the weights, buffers, momenta and random streams."""
+        """Return copies of the weights, buffers, momenta and random streams."""
         state = [v for p in self.net.parameters() for v in self.optimizer.state.get(p, {}).values()]
         streams = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if self.images.is_cuda else [])]
         held = [*self.net.parameters(), *self.net.buffers(), *state, *streams]
@@ -73,7 +73,7 @@ class Run:
 
 
 def _steps(run: Run, closure: Callable[[], Any]) -> tuple[Tensor, float]:
-    """The weights after the steps, and seconds per step of the second half."""
+    """Return the weights after the steps, and the seconds per step of the second half."""
     begin = 0.0
     for index in range(_STEPS):
         if index == _STEPS // 2:
@@ -85,7 +85,7 @@ def _steps(run: Run, closure: Callable[[], Any]) -> tuple[Tensor, float]:
 
 
 def check_graphs(device: torch.device) -> Table:
-    """Forward and backward captured by hand in one CUDA graph, whose replay is the closure."""
+    """Check a closure that replays one CUDA graph of forward and backward."""
     columns = ('method', 'placement', 'closure', 'largest difference to eager', 'as expected', 'ms', 'eager ms')
     note = (
         'Largest difference of a weight after 8 steps, cuDNN deterministic. Where weights are exchanged the graph goes '
@@ -152,7 +152,7 @@ def _captured(run: Run, kind: str) -> Callable[[], Tensor]:
 
 
 def check_compile(device: torch.device) -> Table:
-    """torch.compile in its default mode and with CUDA graphs (reduce-overhead)."""
+    """Check torch.compile in its default mode and with CUDA graphs (reduce-overhead)."""
     columns = (
         'mode', 'method', 'placement', 'largest difference', 'of a movement of', 'graphs compiled', 'after step 1',
         'CUDA graphs recorded', 'after step 3', 'ms', 'eager ms',
@@ -220,7 +220,7 @@ def _recordings() -> Iterator[Counter[str]]:
 
 
 def check_oom(device: torch.device) -> Table:
-    """Out of memory in the second pass: all is as before the step, and the step can be taken again."""
+    """Check that running out of memory in the second pass restores everything, and that the step can be repeated."""
     table = Table('Out of memory in the second pass', ('where', 'check', 'holds'))
     with _deterministic():
         for found in ('forward', 'backward'):
@@ -267,7 +267,7 @@ def _check_plain(table: Table, device: torch.device, found: str) -> None:
 
 
 def _check_trainer(table: Table, device: torch.device) -> None:
-    """Composer halves the micro-batch and repeats the step."""
+    """Check that Composer halves the micro-batch and repeats the step."""
     where, size = 'Trainer, automatic micro-batches', 64 if device.type == 'cuda' else 8
     torch.manual_seed(0)
     net: Any = network(device)
@@ -304,7 +304,7 @@ def _exhaust(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def _deterministic() -> Iterator[None]:
-    """The same bits from run to run: cuDNN's deterministic kernels, no TF32."""
+    """Make runs equal bit for bit: cuDNN's deterministic kernels, no TF32."""
     cudnn: Any = torch.backends.cudnn
     matmul = torch.backends.cuda.matmul
     before = cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32

@@ -1,4 +1,4 @@
-"""Fair timing: everything that is compared runs interleaved in one process, in rounds of changing order."""
+"""Timing of variants that run interleaved in one process, in rounds of changing order."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Samples:
     faults: list[int]
 
     def beyond(self, floor: Samples) -> list[float]:
-        """Seconds beyond ``floor``, round by round: slow drifts of the machine cancel out."""
+        """Return the seconds beyond ``floor`` by round, so that slow drifts of the machine cancel out."""
         return [a - b for a, b in zip(self.seconds, floor.seconds, strict=True)]
 
 
@@ -65,12 +65,12 @@ def median(values: Sequence[float]) -> float:
 
 
 def ratios(own: Sequence[float], base: Sequence[float]) -> list[float]:
-    """One to the other, round by round."""
+    """Return the ratios by round."""
     return [a / b for a, b in zip(own, base, strict=True)]
 
 
 def spread(values: Sequence[float]) -> float:
-    """Half the distance between the quartiles."""
+    """Return half the distance between the quartiles."""
     if len(values) < 2:
         return 0.0
     low, _, high = statistics.quantiles(values, n=4, method='inclusive')

@@ -1,4 +1,4 @@
-"""Memory a sharpness-aware step holds between steps and adds at its peak: every method, and other packages' wrappers.
+"""Memory held between sharpness-aware steps and added at their peak, for every method and other packages' wrappers.
 
 On the CPU the profiler records every allocation and release of torch's allocator, temporaries inside operators
 included, from before the model is made; on CUDA the caching allocator keeps the peak itself. Both are exact. A pass
@@ -57,7 +57,7 @@ def memory_rows(
     device: torch.device,
     peers: Sequence[str] = (COMPOSER,),
 ) -> list[tuple[Any, ...]]:
-    """The rows of the report for one model and one base optimizer."""
+    """Return the rows of the report for one model and one base optimizer."""
     floors: dict[Any, tuple[int, int, int]] = {}
     rows: list[tuple[Any, ...]] = []
 
@@ -83,7 +83,7 @@ def memory_rows(
 
 
 def _measured(model: str, base: str, wrap: Wrap, device: torch.device, curved: bool) -> tuple[int, int, int]:
-    """Bytes held after a step, bytes at its peak, and the parameters' bytes."""
+    """Return the bytes held after a step, the bytes at its peak, and the bytes of the parameters."""
     gc.collect()
 
     def run(mark: Callable[[str], Any]) -> int:

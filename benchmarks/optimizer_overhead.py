@@ -137,7 +137,7 @@ def overhead_rows(
 def _variants(
     net: nn.Module, base: str, methods: Sequence[str], placements: Sequence[str], peers: Sequence[str]
 ) -> tuple[dict[str, Callable[[], object]], dict[str, str], dict[str, str]]:
-    """Every variant's step by its name, and for those that have them the names of floor and rule."""
+    """Return the step of every variant by its name, and the names of its floor and its rule if it has them."""
     parameters = list(net.parameters())
     first = BASES[base](parameters)
     plain = gradient_closure(parameters, first)
@@ -145,7 +145,7 @@ def _variants(
     first.step()
 
     def make_base(groups: Any, **options: Any) -> Optimizer:
-        """A base optimizer with the state of the first one: the same memory for all is small, and equally cached."""
+        """Return a base optimizer that shares the state of the first, so that memory and caches are equal."""
         optimizer = BASES[base](groups, **options)
         for parameter in parameters:
             optimizer.state[parameter].update(first.state[parameter])
@@ -180,7 +180,7 @@ def _variants(
 
 
 class _Tensors(nn.Module):
-    """Equal tensors, so many parameters in all; their names make ASAM scale every one."""
+    """Return a module of equal tensors; their names make ASAM scale every one."""
 
     def __init__(self, tensors: int, parameters: int):
         super().__init__()
@@ -201,7 +201,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _measured(case: str | tuple[int, int], base: str, settings: argparse.Namespace) -> list[tuple[Any, ...]]:
-    """One case, in the process that is to measure it."""
+    """Measure one case in this process."""
     torch.set_num_threads(settings.threads)
     device = torch.device(settings.device)
     net = (torchvision_model(case) if isinstance(case, str) else _Tensors(*case)).to(device)

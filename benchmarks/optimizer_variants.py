@@ -86,12 +86,12 @@ METHODS: dict[str, Callable[[], SharpnessAware]] = {**registry, 'SAM, adaptive':
 
 
 def twice(method: str) -> bool:
-    """Whether the method differentiates the gradient again, so that it needs the :func:`curved_closure`."""
+    """Whether the method differentiates the gradient again, and needs :func:`curved_closure`."""
     return METHODS[method]().backwards_create_graph
 
 
 def ours(method: str, placement: str = 'default') -> Wrap:
-    """One of our methods; ``placement`` as in :func:`~benchmarks.workloads.forced_placement`."""
+    """Return the step of one of our methods; ``placement`` is as in :func:`~benchmarks.workloads.forced_placement`."""
 
     def wrap(net: nn.Module, make_base: MakeBase) -> Callable[[Any], object]:
         optimizer = SharpnessAwareOptimizer(make_base(list(net.parameters())), METHODS[method](), net)
@@ -156,12 +156,12 @@ PEERS = {
 
 
 def available_peers() -> list[str]:
-    """The peers whose package is installed (``pip install pytorch-optimizer``)."""
+    """Return the peers whose package is installed (``pip install pytorch-optimizer``)."""
     return [name for name, peer in PEERS.items() if importlib.util.find_spec(peer.package) is not None]
 
 
 def passes_by_hand(count: int) -> Wrap:
-    """The floor: so many passes, then the base optimizer's step; a gradient's graph is dropped unused."""
+    """Return the floor: ``passes`` passes and the base optimizer's step; the graph of a gradient is not used."""
 
     def wrap(net: nn.Module, make_base: MakeBase) -> Callable[[Any], object]:
         parameters = list(net.parameters())

@@ -1,4 +1,4 @@
-"""Draws accuracy against relative cost, from the quality benchmark's report.
+"""Draw accuracy against relative cost, from the report of the quality benchmark.
 
 python -m benchmarks.pareto
 """
@@ -15,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.report import RESULTS
+from composer_sam.files import write_whole
+from composer_sam.landscapes.pictures import png
 
 __all__ = ['PICTURE', 'draw', 'front']
 
@@ -27,7 +29,7 @@ _KNOBS = {'fixed': 'interval 2, 5, 10, the same rho', 'scaled': 'interval 2, 5, 
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points (cost, accuracy) that no other one beats at no higher cost, by cost."""
+    """Return the points (cost, accuracy) more accurate than all points of no higher cost, in ascending order."""
     best: list[tuple[float, float]] = []
     for cost, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
         if not best or accuracy > best[-1][1]:
@@ -36,7 +38,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def draw(report: dict[str, Any]) -> Figure:
-    """A panel per task."""
+    """Draw one panel per task."""
     table = next(t for t in report['tables'] if t['title'] == 'Accuracy at equal epochs and at equal compute')
     rows = [dict(zip(table['columns'], row, strict=True)) for row in table['rows']]
     tasks = list(dict.fromkeys(row['task'] for row in rows))
@@ -96,7 +98,7 @@ def main() -> None:
     parser.add_argument('--report', type=Path, default=RESULTS / 'quality.json')
     parser.add_argument('--out', type=Path, default=PICTURE)
     options = parser.parse_args()
-    draw(json.loads(options.report.read_text())).savefig(options.out, dpi=130)
+    write_whole(options.out, png(draw(json.loads(options.report.read_text())), dpi=130))
     print(f'written to {options.out}')
 
 

@@ -1,4 +1,4 @@
-"""What each method brings: accuracy at equal epochs and at equal compute, and the interval knob's price and worth.
+"""Accuracy of every method at equal epochs and at equal compute, and accuracy and cost by interval.
 
 Every task trains plain SGD, SGD for two and four times the epochs, and every method with the radius that did best on a
 validation split: a part of the training images, with their label noise, another part for every seed. The test split is
@@ -8,7 +8,7 @@ looked at once, with that radius and at least five seeds. The other hyper-parame
     python -m benchmarks.quality --images DIR                     # CIFAR-10 as DIR/train/<class>, DIR/test/<class>
     python -m benchmarks.quality --tasks cifar10 --images DIR     # ResNet-18 on all of CIFAR-10: needs a GPU
 
-A run that is done is kept in benchmarks/.work, so that the same command goes on where it was cut off.
+Finished runs are stored in benchmarks/.work, so that the same command continues an interrupted benchmark.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _RESNET: dict[str, Sequence[dict[str, float]]] = {
 
 
 def tasks(images: Callable[[], Path]) -> dict[str, Callable[[], Task]]:
-    """The tasks by name; ``images`` finds CIFAR-10 when a task needs it."""
+    """Return the tasks by name; ``images`` returns the folder of CIFAR-10 when a task needs it."""
 
     def digits(noise: float) -> Task:
         radii = {**_MLP, **(_STUDY if noise == 0.4 else {})}
@@ -81,7 +81,7 @@ def tasks(images: Callable[[], Path]) -> dict[str, Callable[[], Task]]:
 
 
 def run(task: Task, seeds: int, jobs: int | None) -> dict[str, Any]:
-    """Choose on the validation split, then test."""
+    """Choose the arguments on the validation split, then train and test."""
     folder = WORK / f'quality-{code()}'
 
     def trained(candidates: Sequence[Candidate], seeds: int, validation: bool) -> dict[Candidate, Outcome]:
@@ -126,7 +126,7 @@ def _sam(rho: float, interval: int) -> Candidate:
 
 
 def _best(candidates: Sequence[Candidate], outcomes: dict[Candidate, Outcome]) -> Candidate:
-    """The most accurate one; of several the first, which has the smallest radius."""
+    """Return the most accurate candidate; of equal ones the first, which has the smallest radius."""
     return max(candidates, key=lambda candidate: statistics.mean(outcomes[candidate].accuracy))
 
 
@@ -156,7 +156,7 @@ def test_table() -> Table:
 
 
 def add(found: dict[str, Any], validation: Table, tested: Table) -> None:
-    """Put one task's results into the tables."""
+    """Add the results of one task to the tables."""
     for row in found['validated']:
         validation.add(found['task'], row['name'], statistics.mean(row['accuracy']), row['chosen'])
     rows = found['tested']
@@ -181,7 +181,7 @@ def _cost(row: dict[str, Any], base: dict[str, Any]) -> float:
 
 
 def _gain(row: dict[str, Any], base: dict[str, Any]) -> tuple[float, float]:
-    """Mean gain in points and half its 95% confidence interval, paired by seed."""
+    """Return the mean gain in points, paired by seed, and half its 95% confidence interval."""
     gains = [own - other for own, other in zip(row['accuracy'], base['accuracy'], strict=True)]
     half = stats.t.ppf(0.975, len(gains) - 1) * statistics.stdev(gains) / math.sqrt(len(gains))
     return statistics.mean(gains), float(half)

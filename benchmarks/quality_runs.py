@@ -1,4 +1,4 @@
-"""Trains what the quality benchmark compares: a task's candidates, seed by seed, side by side; keeps every run."""
+"""The runs of the quality benchmark: every candidate of a task with every seed, trained side by side and stored."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from composer_sam import registry
+from composer_sam.files import write_whole
 from composer_sam.recipes import History, Recipe, build_trainer, load_recipe
-from composer_sam.studies.parallel import Report, share_cores, train_all, with_seed, write
+from composer_sam.studies.parallel import Report, share_cores, train_all, with_seed
 
 __all__ = ['Candidate', 'Outcome', 'Task', 'train']
 
@@ -24,15 +25,15 @@ VALIDATION = 0.2
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned.
+    """A data set and network, and the candidates that are compared on it.
 
     Attributes:
-        name: of the task in tables.
+        name: the name of the task in tables.
         recipe: the base recipe, plain SGD.
-        overrides: laid over it.
-        epochs: what every method trains for.
-        radii: by method, the arguments among which the validation split chooses, the smallest radius first.
-        intervals: whether the interval knob is turned too.
+        overrides: laid over the recipe.
+        epochs: the number of epochs every method trains for.
+        radii: by method, the arguments from which the validation split chooses, the smallest radius first.
+        intervals: whether intervals larger than 1 are compared too.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method with its arguments, or the base optimizer alone, for so many times the task's epochs."""
+    """A method with its arguments, or the base optimizer alone, trained for ``longer`` times the epochs of the task."""
 
     method: str = 'SGD'
     arguments: tuple[tuple[str, float], ...] = ()
@@ -59,7 +60,7 @@ class Candidate:
 
     @property
     def evaluations(self) -> float:
-        """Gradients per step, on average."""
+        """Mean number of gradients per step."""
         if self.method == 'SGD':
             return 1.0
         build: Any = registry[self.method]
@@ -69,13 +70,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a candidate came to, a value per seed.
+    """The results of a candidate, one value per seed.
 
     Attributes:
-        accuracy: on what was tested, in percent.
-        train_loss: mean of the last epoch.
-        milliseconds: per step, loading its batch included.
-        steps: of a run.
+        accuracy: accuracy on the tested split, in percent.
+        train_loss: mean training loss of the last epoch.
+        milliseconds: time per step, including loading its batch.
+        steps: the number of steps of a run.
     """
 
     accuracy: list[float]
@@ -90,17 +91,17 @@ def train(
     """Train every candidate with every seed, unless ``folder`` has the run's file already.
 
     Args:
-        task: what is learned.
-        candidates: each trained ``seeds`` times; those given twice are trained once.
-        seeds: the recipe's own and those that follow it.
-        folder: where the runs' files are.
-        validation: test on a part of the training images, which then are not trained on.
-        jobs: runs side by side; one per core if None.
+        task: the task.
+        candidates: each is trained ``seeds`` times; a candidate that is given twice is trained once.
+        seeds: the number of seeds: the recipe's own and those that follow it.
+        folder: the folder of the runs' files.
+        validation: test on a part of the training images, which is left out of training.
+        jobs: how many runs are trained side by side; if None, one per core, and one on a GPU.
     """
     folder.mkdir(parents=True, exist_ok=True)
     candidates = list(dict.fromkeys(candidates))
     recipes = {candidate: _recipe(task, candidate, validation) for candidate in candidates}
-    # Seed by seed, and so that what runs side by side slows all candidates alike.
+    # Seed by seed, so that runs side by side slow all candidates down by the same amount.
     runs = [with_seed(recipes[c], recipes[c].seed + offset) for offset in range(seeds) for c in candidates]
     files = {str(run.run_name): folder / _file(task, run) for run in runs}
     missing = [run for run in runs if not files[str(run.run_name)].exists()]
@@ -135,7 +136,7 @@ def _recipe(task: Task, candidate: Candidate, validation: bool) -> Recipe:
 
 
 def _file(task: Task, run: Recipe) -> str:
-    """A name of its own for everything a result follows from."""
+    """Return a file name that is different for everything a result depends on."""
     said = json.dumps(run.model_dump(), sort_keys=True, default=str)
     name = re.sub(r'[^\w.=+-]+', '-', f'{task.name}-{run.run_name}')
     return f'{name}-{hashlib.sha256(said.encode()).hexdigest()[:8]}.json'
@@ -156,7 +157,7 @@ def _train(recipe: Recipe, report: Report, files: Mapping[str, Path]) -> dict[st
         'milliseconds': 1e3 * history.seconds_per_step,
         'steps': history.steps,
     }
-    write(files[str(recipe.run_name)], json.dumps(found, indent=1).encode())
+    write_whole(files[str(recipe.run_name)], json.dumps(found, indent=1))
     return found
 
 

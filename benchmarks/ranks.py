@@ -1,4 +1,4 @@
-"""Runs a function on gloo processes of this machine, which are gone afterwards, however it ended."""
+"""A function run on gloo processes of this machine, which are ended in any case."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ __all__ = ['on_ranks']
 def on_ranks(
     ranks: int, function: Callable[..., Any], *arguments: Any, patience: float, seconds: float = float('inf')
 ) -> Any:
-    """What ``function(*arguments)`` returned on rank 0 of new gloo processes of one thread each.
+    """Run ``function(*arguments)`` on new gloo processes of one thread each, and return the result of rank 0.
 
     Args:
-        ranks: how many.
+        ranks: the number of processes.
         function: called on every rank; returns JSON's own types.
-        arguments: of the function.
+        arguments: the arguments of the function.
         patience: seconds a collective may take.
-        seconds: all of it may take.
+        seconds: seconds all of it may take.
 
     Raises:
-        RuntimeError: they were not done in time. What a rank raised is raised here, with its traceback.
+        RuntimeError: the ranks did not finish in time. An exception of a rank is raised with its traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
         started: Any = torch.multiprocessing.start_processes(
@@ -55,7 +55,7 @@ def _rank(
     # Composer asks the environment, not torch, for these.
     places = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': ranks, 'LOCAL_WORLD_SIZE': ranks, 'NODE_RANK': 0}
     os.environ.update({name: str(value) for name, value in places.items()})
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Composer's handler ends in order, which may take for ever
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Composer's handler may never return
     torch.set_num_threads(1)
     limit = timedelta(seconds=patience)
     dist.init_process_group('gloo', f'file://{folder}/rendezvous', limit, world_size=ranks, rank=rank)
@@ -63,4 +63,4 @@ def _rank(
     if rank == 0:
         (Path(folder) / 'found').write_text(json.dumps(found))
     dist.barrier()
-    os._exit(0)  # not destroy_process_group(): it may wait for ever for gloo's threads
+    os._exit(0)  # destroy_process_group() may never return, as it waits for gloo's threads

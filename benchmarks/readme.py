@@ -1,9 +1,9 @@
-"""Writes the figures of README and docs from the committed reports, between marks such as
+"""Write the figures of README and docs from the committed reports, between marks such as
 
     <!-- figures: costs -->
     <!-- end of figures -->
 
-so that no figure is typed by hand. A test holds the files to what this would write.
+so that no figure is typed by hand. A test checks that the files are up to date.
 
     python -m benchmarks.readme
 """
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import RESULTS
+from composer_sam.files import write_whole
+from composer_sam.markdown import table
 
 __all__ = ['FILES', 'filled', 'main']
 
@@ -29,14 +31,14 @@ Row = dict[str, Any]
 
 
 class Figures:
-    """A report's tables, asked by title and by what their columns hold."""
+    """The tables of a report, found by their titles, and their rows, found by the values of their columns."""
 
     def __init__(self, name: str):
         self._name = name
         self._tables = json.loads((RESULTS / f'{name}.json').read_text())['tables']
 
     def rows(self, title: str, **wanted: Any) -> list[Row]:
-        """The rows whose columns hold what is wanted."""
+        """Return the rows whose columns have the wanted values."""
         table = next((t for t in self._tables if t['title'] == title), None)
         if table is None:
             raise KeyError(f'the report {self._name} has no table {title!r}')
@@ -44,28 +46,24 @@ class Figures:
         return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
     def row(self, title: str, **wanted: Any) -> Row:
-        """The one row there is."""
+        """Return the only row with the wanted values."""
         (found,) = self.rows(title, **wanted)
         return found
 
 
 def link(name: str, prefix: str) -> str:
+    """Return a link to a report."""
     return f'[{name}]({prefix}benchmarks/results/{name}.md)'
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ['---'] * len(columns), *rows]
-    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
-
-
 def results() -> str:
-    """README: what a step costs, in time, memory and traffic, and what it brings, beside the others."""
+    """Return README's table: time, memory and traffic of a step, and accuracy, beside those of other packages."""
     rows = [*_steps(), *_optimizer_side(), *_memory(), *_traffic(), *_curvature(), *_gpu(), *_worth()]
     return table(('what', 'composer_sam', 'beside it', 'report'), rows)
 
 
 def accuracies() -> str:
-    """docs/choosing.md: every method on every task."""
+    """Return the table of docs/choosing.md with every method on every task."""
     rows = []
     for row in _tested():
         if not row['knob']:
@@ -79,7 +77,7 @@ def accuracies() -> str:
 
 
 def intervals() -> str:
-    """docs/choosing.md: what the interval knob gives away and saves."""
+    """Return the table of docs/choosing.md with accuracy and cost by interval."""
     rows = []
     for row in _tested():
         turned = any(r['knob'] for r in _tested() if r['task'] == row['task'])
@@ -90,7 +88,7 @@ def intervals() -> str:
 
 
 def radii() -> str:
-    """docs/choosing.md: what the validation split chose."""
+    """Return the table of docs/choosing.md with the arguments chosen on the validation split."""
     found = Figures('quality').rows('Chosen on a validation split', chosen=True)
     return table(
         ('task', 'chosen', 'accuracy there'), [(r['task'], r['candidate'], f'{r["accuracy"]:.1f} %') for r in found]
@@ -231,7 +229,7 @@ FIGURES: dict[str, Callable[[], str]] = {
 
 
 def filled(text: str) -> str:
-    """The text with the figures of today's reports between its marks."""
+    """Return the text with the figures of the current reports between its marks."""
     return _MARKED.sub(lambda found: f'{found[1]}{FIGURES[found[2]]()}{found[3]}', text)
 
 
@@ -239,7 +237,7 @@ def main() -> None:
     for file in FILES:
         text = file.read_text()
         if (new := filled(text)) != text:
-            file.write_text(new)
+            write_whole(file, new)
             print(f'written to {file.relative_to(ROOT)}')
 
 

@@ -1,7 +1,7 @@
-"""A benchmark's report: what ran where, and its tables, printed and written as JSON and Markdown.
+"""The report of a benchmark: environment, options and tables, printed and written as JSON and Markdown.
 
-A report is measured case by case, and each case is kept when it is done, so that a benchmark that was cut off goes on
-with the next one. Kept cases count only as long as machine, versions, options and code are what they were.
+A report is measured case by case, and every finished case is stored, so that an interrupted benchmark continues with
+the next one. Stored cases are used only while machine, versions, options and code are the same.
 """
 
 from __future__ import annotations
@@ -22,16 +22,19 @@ from typing import Any
 import psutil
 import torch
 
+from composer_sam import markdown
+from composer_sam.files import write_whole
+
 __all__ = ['RESULTS', 'WORK', 'Report', 'Table', 'code', 'environment']
 
 RESULTS = Path(__file__).resolve().parent / 'results'
-WORK = Path(__file__).resolve().parent / '.work'  # what is done so far, not committed
+WORK = Path(__file__).resolve().parent / '.work'  # finished cases and runs, not committed
 _PACKAGES = ('torch', 'torchvision', 'mosaicml', 'pytorch_optimizer', 'numpy')
 
 
 @dataclass
 class Table:
-    """Rows under named columns; numbers are shown with four significant digits and kept in full in the JSON.
+    """A table of named columns. Numbers are shown in four significant digits, and are complete in the JSON.
 
     Args:
         title: one line.
@@ -46,27 +49,25 @@ class Table:
     note: str = ''
 
     def add(self, *row: Any) -> None:
+        """Add a row."""
         if len(row) != len(self.columns):
             raise ValueError(f'the table {self.title!r} has {len(self.columns)} columns, got {len(row)} values')
         self.rows.append(row)
 
     def markdown(self) -> str:
-        """The table in Markdown, padded so that it reads well as text too."""
-        cells = [[str(column) for column in self.columns], *([_shown(value) for value in row] for row in self.rows)]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(self.columns))]
-        padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in cells]
-        lines = [f'| {" | ".join(line)} |' for line in padded]
-        lines.insert(1, '|' + '|'.join('-' * (width + 2) for width in widths) + '|')
-        return '\n'.join([f'### {self.title}', '', *lines, *(['', self.note] if self.note else [])])
+        """Return the table in Markdown, below its title, with straight columns."""
+        rows = [[_shown(value) for value in row] for row in self.rows]
+        table = markdown.table(self.columns, rows, aligned=True).rstrip('\n')
+        return '\n'.join([f'### {self.title}', '', table, *(['', self.note] if self.note else [])])
 
 
 class Report:
-    """Collects tables, prints each as it comes, and writes all of them.
+    """Collects tables, prints each when it is added, and writes all of them.
 
     Args:
-        name: name of the benchmark and of its files.
-        config: every option of the run; ``json`` says where to write and is no part of what is measured.
-        out: ``OUT.json`` and ``OUT.md`` are written; by default ``benchmarks/results/NAME``.
+        name: the name of the benchmark and of its files.
+        config: every option of the run; ``json``, the path of the report, is left out.
+        out: the path of the report without its suffixes ``.json`` and ``.md``; ``benchmarks/results/NAME`` if None.
     """
 
     def __init__(self, name: str, config: dict[str, Any], out: str | Path | None = None):
@@ -78,11 +79,11 @@ class Report:
         self._kept = _Kept(WORK / f'{self._out.name}.json', {'config': self.config, **_identity(self.environment)})
 
     def case(self, key: str, measure: Callable[[], Any]) -> Any:
-        """What ``measure()`` returned, now or before this benchmark was cut off; it must be JSON's own types.
+        """Return the result of ``measure()``, from an earlier, interrupted run if it is stored.
 
         Args:
-            key: names the case; unique in the report.
-            measure: takes the measurement.
+            key: the name of the case, unique in the report.
+            measure: takes the measurement and returns JSON's own types.
         """
         if (kept := self._kept.get(key)) is not None:
             print(f'{self.name}: {key}: kept from {kept["date"]}', flush=True)
@@ -98,11 +99,12 @@ class Report:
         return kept['found']
 
     def add(self, table: Table) -> None:
+        """Add a table and print it."""
         self.tables.append(table)
         print(f'\n{table.markdown()}', flush=True)
 
     def write(self) -> Path:
-        """Write the files; returns the Markdown's path."""
+        """Write the JSON and the Markdown file, and return the path of the latter."""
         self._out.parent.mkdir(parents=True, exist_ok=True)
         content = {
             'name': self.name,
@@ -111,13 +113,14 @@ class Report:
             'tables': [asdict(table) for table in self.tables],
         }
         path = self._out.with_name(self._out.name + '.json')
-        path.write_text(json.dumps(content, indent=1, default=str) + '\n')
-        markdown = path.with_suffix('.md')
-        markdown.write_text(self.markdown())
-        print(f'\nwritten to {markdown} and {path.name}', flush=True)
-        return markdown
+        write_whole(path, json.dumps(content, indent=1, default=str) + '\n')
+        readable = path.with_suffix('.md')
+        write_whole(readable, self.markdown())
+        print(f'\nwritten to {readable} and {path.name}', flush=True)
+        return readable
 
     def markdown(self) -> str:
+        """Return the report in Markdown: environment, options and tables."""
         facts = [f'- {key}: {value}' for key, value in self.environment.items() if key != 'cases']
         if cases := self.environment.get('cases'):
             facts.append(
@@ -129,8 +132,8 @@ class Report:
 
 
 class _Kept:
-    """The cases that are done, in a file that holds cases of one machine, one set of options and one state of the code
-    only."""
+    """The finished cases and their file, which holds cases of one machine, one set of options and one state of the
+    code only."""
 
     def __init__(self, file: Path, identity: dict[str, Any]):
         self._file = file
@@ -146,14 +149,12 @@ class _Kept:
     def keep(self, key: str, case: dict[str, Any]) -> dict[str, Any]:
         self._content['cases'][key] = case
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._file.with_suffix('.partial')
-        partial.write_text(json.dumps(self._content, indent=1))
-        partial.replace(self._file)
+        write_whole(self._file, json.dumps(self._content, indent=1))
         return json.loads(json.dumps(case))  # as it will be read, tuples as lists
 
 
 def code() -> str:
-    """A short hash of everything that decides what a benchmark measures: the package's code and the benchmarks'."""
+    """Return a short hash of all code that a measurement depends on: the package's and the benchmarks'."""
     root = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for file in sorted([*(root / 'composer_sam').rglob('*.py'), *(root / 'benchmarks').glob('*.py')]):
@@ -162,7 +163,7 @@ def code() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Date, hardware and versions."""
+    """Return date, hardware and versions."""
     found: dict[str, Any] = {
         'date': _now(),
         'cpu': _cpu_model(),
@@ -187,7 +188,7 @@ def environment() -> dict[str, Any]:
 
 
 def _identity(environment: dict[str, Any]) -> dict[str, Any]:
-    """What kept cases must have in common with a run that uses them."""
+    """Return everything in which a stored case must agree with the run that uses it."""
     return {'code': code(), **{k: v for k, v in environment.items() if k not in ('date', 'load', 'commit')}}
 
 
@@ -223,7 +224,7 @@ def _commit() -> str:
 
 def _shown(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, float):
-        return str(value).replace('|', '\\|').replace('\n', ' ')
+        return str(value)
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return f'{value:.4g}' if abs(value) < 1e4 else f'{value:.0f}'
     return f'{value:.3g}'

@@ -1,4 +1,4 @@
-"""How the cost of a sharpness-aware step grows: with the model, with micro-batches, with processes; on paper beyond.
+"""Growth of the cost of a sharpness-aware step with model, micro-batches and processes; by arithmetic for more ranks.
 
 Measured: the ratio to the base step as tensors, parameters, micro-batches and gloo processes grow, through Composer's
 Trainer on small MLPs; all variants train interleaved, a step each in turn. On paper: collectives and bytes of a step on
@@ -152,12 +152,12 @@ def add_measured(report: Report, interval: int, rounds: int) -> None:
 
 
 def all_variants(interval: int) -> list[Variant]:
-    """The base step, every method at every step, and every method at every ``interval``-th."""
+    """Return the base step, every method at every step, and every method at every ``interval``-th step."""
     return [Variant('SGD'), *map(Variant, registry), *(Variant(name, interval) for name in registry)]
 
 
 def layouts(asked: Needs, size: Size, ranks: int) -> dict[str, list[Collective]]:
-    """The collectives of a method by how the model is spread over the ranks."""
+    """Return the collectives of a method by the distribution of the model over the ranks."""
     return {
         'DDP': ddp(asked, size, ranks),
         'FSDP': sharded(asked, size, ranks, ranks),
@@ -166,7 +166,7 @@ def layouts(asked: Needs, size: Size, ranks: int) -> dict[str, list[Collective]]
 
 
 def sent(variant: Variant, size: Size, ranks: int, layout: str) -> float | None:
-    """Bytes a rank sends in an average step; None where the method does not do with the layout."""
+    """Return the bytes a rank sends in an average step, None where the method does not support the layout."""
     if layout != 'DDP' and not variant.shardable:
         return None
     return sum(one.traffic for one in layouts(needs(variant), size, ranks)[layout]) / variant.interval
@@ -254,7 +254,7 @@ def traffic_table(variants: Sequence[Variant]) -> Table:
 
 
 def checks(variants: Sequence[Variant], ranks: int) -> list[Any]:
-    """On every rank: for strategies and variants that do with each other what was predicted and what was counted."""
+    """Return predicted and counted collectives by strategy and supported variant; called on every rank."""
     found = [
         (strategy, index, counted(strategy, variant))
         for strategy, (_, shards, fewest) in STRATEGIES.items()
@@ -265,7 +265,7 @@ def checks(variants: Sequence[Variant], ranks: int) -> list[Any]:
 
 
 def add_checked(report: Report, variants: Sequence[Variant]) -> bool:
-    """Whether all that was counted is what was predicted."""
+    """Add the tables of the checks, and return whether all counts are as predicted."""
     engine = Table(
         'Checked: predicted and counted collectives',
         (*CHECKED, 'kinds'),

@@ -1,4 +1,4 @@
-"""Whole steps: the base optimizer's, ours, and those of the SAMs there are besides.
+"""Time of whole steps: of the base optimizer, of our methods, and of other packages' SAMs.
 
 Through Composer's Trainer, and in a plain loop without it:
 
@@ -6,8 +6,9 @@ Through Composer's Trainer, and in a plain loop without it:
 - ``compile``: the same with one thread, the model compiled by the Trainer with torch.compile's defaults. (With two
   threads torch 2.7's Inductor writes C++ for BatchNorm that does not compile.)
 - ``ddp``: two processes of one thread each under DistributedDataParallel on gloo, each with half of every batch.
-- ``plain``: one process, a loop of one's own, against pytorch_optimizer.
-- ``default``: as ``trainer``, with the C library's own ways with freed memory; all others keep it (see allocator.py).
+- ``plain``: one process, a plain loop, compared with pytorch_optimizer.
+- ``default``: as ``trainer``, with the default settings of the C library; in all others it keeps freed memory (see
+  allocator.py).
 
 All variants of a model and a setting take their steps in turn in the same processes, in an order drawn anew every
 round, and a step is compared with the base step of its own round. With an interval of k what is compared is every
@@ -79,7 +80,7 @@ MODELS = {
 
 
 def measured(variants: dict[str, Variant], rounds: int) -> list[list[Any]]:
-    """For every variant its name, the figures of the columns after it, and why there are none, should it not run."""
+    """Return for every variant its name and its figures, or why it does not run."""
     runs: dict[str, Run] = {}
     reasons: dict[str, str] = {}
     for name, variant in variants.items():
@@ -124,7 +125,7 @@ def _stretches(seconds: Sequence[float], k: int) -> list[float]:
 
 
 def rows(name: str, setting: str, intervals: Sequence[int], rounds: float, threads: int) -> list[list[Any]]:
-    """The rows of one model in one setting."""
+    """Return the rows of one model in one setting."""
     torch.set_num_threads(threads)
     model = MODELS[name]
     planned, of_plan = model.plan[setting]

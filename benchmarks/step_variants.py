@@ -1,4 +1,4 @@
-"""The steps that step_time compares: through Composer's Trainer, and in a plain loop, ours and those of others."""
+"""The steps that step_time compares, ours and other packages', in Composer's Trainer and in a plain loop."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class StepClock(Clock):
 def trainer_variants(
     build: Callable[[], nn.Module], intervals: Sequence[int], batches: Batches, **options: Any
 ) -> dict[str, Variant]:
-    """Through Composer's Trainer."""
+    """Return the variants in Composer's Trainer."""
 
     def start(algorithm: Callable[[], Any] | None) -> Run:
         torch.manual_seed(0)
@@ -98,7 +98,7 @@ Step = Callable[[Tensor, Tensor], object]
 
 
 def plain_variants(build: Callable[[], nn.Module], batches: Batches) -> dict[str, Variant]:
-    """In a loop without Composer."""
+    """Return the variants in a loop without Composer."""
 
     def start(make: Callable[[nn.Module], Step]) -> Run:
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What the benchmarks run: models, batches, closures that cost little, and a Trainer around them."""
+"""The models, batches, cheap closures and Trainers of the benchmarks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ BASES: dict[str, Callable[[Sequence[Tensor]], Optimizer]] = {
 
 
 def cifar_resnet18(num_classes: int = 10) -> nn.Module:
-    """ResNet-18 with the 3x3 stem for 32x32 images."""
+    """Return ResNet-18 with the 3x3 stem for 32x32 images."""
     net = torchvision.models.resnet18(num_classes=num_classes)
     net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     net.maxpool = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
@@ -53,7 +53,7 @@ def cifar_resnet18(num_classes: int = 10) -> nn.Module:
 
 
 def network(device: torch.device) -> nn.Module:
-    """ResNet-18 on a GPU; elsewhere a network so small that a script for GPUs can be tried in seconds."""
+    """Return ResNet-18 on a GPU, and elsewhere a small network, so that a script for GPUs can be tried in seconds."""
     if device.type == 'cuda':
         return cifar_resnet18().to(device)
     layers = {'conv': nn.Conv2d(3, 8, 3), 'bn': nn.BatchNorm2d(8), 'relu': nn.ReLU(), 'pool': nn.AdaptiveAvgPool2d(2)}
@@ -61,19 +61,19 @@ def network(device: torch.device) -> nn.Module:
 
 
 def digits_mlp() -> nn.Module:
-    """The MLP of the digits recipes."""
+    """Return the MLP of the digits recipes."""
     return mlp([64, 256, 256, 10])
 
 
 def small_vit() -> nn.Module:
-    """A vision transformer for 32x32 images: 64 patches, 2.7 million parameters."""
+    """Return a vision transformer for 32x32 images: 64 patches, 2.7 million parameters."""
     return torchvision.models.VisionTransformer(
         image_size=32, patch_size=4, num_layers=6, num_heads=3, hidden_dim=192, mlp_dim=768, num_classes=10
     )
 
 
 class Batches(list):
-    """Batches that lie ready on the device, so that loading costs nothing."""
+    """Batches in the device's memory, so that loading costs nothing."""
 
     def __init__(self, batch_size: int, count: int, shape: tuple[int, ...], device: torch.device, **layout: Any):
         generator = torch.Generator().manual_seed(0)
@@ -84,7 +84,7 @@ class Batches(list):
 
 
 def digits_batches(batch_size: int, count: int) -> Batches:
-    """The first batches of scikit-learn's handwritten digits."""
+    """Return the first batches of scikit-learn's handwritten digits."""
     images, labels = load_digits(return_X_y=True)
     pixels = torch.as_tensor(images, dtype=torch.float32).div(16).reshape(-1, 1, 8, 8)
     batches = Batches(batch_size, 0, (), torch.device('cpu'))
@@ -146,7 +146,7 @@ def make_trainer(
     device: torch.device | None = None,
     **options: Any,
 ) -> Trainer:
-    """A Trainer that only trains: no progress bar, console, evaluation or checkpoints."""
+    """Return a Trainer that only trains: no progress bar, console, evaluation or checkpoints."""
     on_gpu = device is not None and device.type == 'cuda'
     model = ComposerClassifier(net, num_classes=10)
     return Trainer(

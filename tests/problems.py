@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from composer_sam import registry
 from composer_sam.methods.base import SharpnessAware
+
+_Module = TypeVar('_Module', bound=nn.Module)
 
 BASES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     'SGD': lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-2),
@@ -103,12 +105,31 @@ class Closure:
         return loss
 
 
+def gradient(parameter: Tensor) -> Tensor:
+    """The gradient of a parameter that must have one."""
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def part(model: nn.Module, name: str, kind: type[_Module]) -> _Module:
+    """The submodule of that name, which must be of that class."""
+    found = model.get_submodule(name)
+    assert isinstance(found, kind), f'{name} is a {type(found).__name__}'
+    return found
+
+
+def numpy_stream() -> dict[str, Any]:
+    """The state of NumPy's global stream, in a form that can be compared."""
+    state = np.random.get_state(legacy=False)
+    return {**state, 'state': {name: np.asarray(value).tolist() for name, value in state['state'].items()}}
+
+
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Everything a failed step must leave as it was."""
     return {
         'model': copy.deepcopy(model.state_dict()),
         'optimizer': copy.deepcopy(optimizer.state_dict()),
-        'random': (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()),
+        'random': (random.getstate(), numpy_stream(), torch.get_rng_state()),
         'steps': getattr(optimizer, 'steps_taken', None),
     }
 

@@ -1,87 +1,99 @@
-"""The commands that look at checkpoints: ``landscape`` and ``sharpness``."""
+"""The commands that evaluate checkpoints: ``landscape`` and ``sharpness``."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from composer_sam.commands.terminal import MISTAKE, OK, complain, fail, natural, positive, refuse_launcher
+from composer_sam.commands.terminal import (
+    MISTAKE,
+    OK,
+    Commands,
+    check_folder,
+    complain,
+    fail,
+    files_and_overrides,
+    natural,
+    positive,
+    refuse_launcher,
+)
+from composer_sam.files import write_whole
 
 if TYPE_CHECKING:
     from composer_sam.recipes import Recipe
 
-__all__ = ['add_landscape', 'add_sharpness']
+__all__ = ['add']
 
 
-def add_landscape(commands: Any) -> None:
-    parser = commands.add_parser(
+def add(commands: Commands) -> None:
+    """Add both commands to the parser."""
+    landscape = commands.add_parser(
         'landscape',
         help='draw the loss around checkpoints, or between them',
         description=_landscape.__doc__,
         allow_abbrev=False,
     )
-    _add_checkpoints(parser)
-    parser.add_argument('--out', type=Path, required=True, metavar='DIR', help='for pictures and numbers')
-    parser.add_argument(
+    _add_checkpoints(landscape)
+    landscape.add_argument('--out', type=Path, required=True, metavar='DIR', help='for pictures and numbers')
+    landscape.add_argument(
         '--directions',
         choices=('random', 'hessian', 'checkpoints'),
         default='random',
-        help='random and filter-normalised (default), eigenvectors of the Hessian, or from checkpoint to checkpoint',
+        help='random filter-normalised (default), eigenvectors of the Hessian, or through the checkpoints',
     )
-    parser.add_argument('--dims', type=int, choices=(1, 2), default=2, help='a curve or a surface (default: 2)')
-    parser.add_argument('--resolution', type=int, default=25, metavar='N', help='points per axis (default: 25)')
-    parser.add_argument(
+    landscape.add_argument('--dims', type=int, choices=(1, 2), default=2, help='a curve or a surface (default: 2)')
+    landscape.add_argument('--resolution', type=int, default=25, metavar='N', help='points per axis (default: 25)')
+    landscape.add_argument(
         '--range',
         type=float,
         metavar='R',
-        help='from -R to R (default: 1); how far beyond the checkpoints, in parts of their distance (default: 0.25)',
+        help='from -R to R (default: 1); with --directions checkpoints the margin beyond the checkpoints as a fraction '
+        'of their distance (default: 0.25)',
     )
-    parser.add_argument('--seed', type=natural, default=0, metavar='N', help='of random directions (default: 0)')
-    parser.add_argument('--jobs', type=positive, metavar='N', help='processes (default: by how long one needs)')
-    parser.add_argument(
+    landscape.add_argument('--seed', type=natural, default=0, metavar='N', help='of random directions (default: 0)')
+    landscape.add_argument('--jobs', type=positive, metavar='N', help='processes (default: by the estimated time)')
+    landscape.add_argument(
         '--batchnorm',
         choices=('interpolate', 'recalibrate'),
         default='interpolate',
-        help='running statistics between checkpoints: their average (default), or gathered anew at every point',
+        help='running statistics between checkpoints: averaged (default), or computed again at every point',
     )
-    parser.set_defaults(command=_landscape)
+    landscape.set_defaults(command=_landscape)
 
-
-def add_sharpness(commands: Any) -> None:
-    parser = commands.add_parser(
+    sharpness = commands.add_parser(
         'sharpness',
-        help='measure how sharp the loss is at checkpoints',
+        help='measure the sharpness of the loss at checkpoints',
         description=_sharpness.__doc__,
         allow_abbrev=False,
     )
-    _add_checkpoints(parser)
-    parser.add_argument('--k', type=positive, default=1, metavar='N', help='eigenvalues (default: 1)')
-    parser.add_argument('--rho', type=float, default=0.05, metavar='R', help='radius of SAM sharpness (default: 0.05)')
-    parser.add_argument('--out', type=Path, metavar='FILE.json', help='for the numbers')
-    parser.set_defaults(command=_sharpness)
+    _add_checkpoints(sharpness)
+    sharpness.add_argument('--k', type=positive, default=1, metavar='N', help='eigenvalues (default: 1)')
+    sharpness.add_argument('--rho', type=float, default=0.05, metavar='R', help='radius of sharpness (default: 0.05)')
+    sharpness.add_argument('--out', type=Path, metavar='FILE.json', help='for the numbers')
+    sharpness.set_defaults(command=_sharpness)
 
 
 def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('changes', nargs='+', metavar='CHECKPOINT|key=value', help='.pt files; overrides of the recipe')
     parser.add_argument('--recipe', required=True, metavar='RECIPE', help='the YAML file they were trained with')
-    parser.add_argument('--labels', metavar='A,B', help='what they are called (default: by file or folder)')
+    parser.add_argument('--labels', metavar='A,B', help='names of the checkpoints (default: from file or folder)')
     parser.add_argument('--samples', type=positive, default=512, metavar='N', help='default: 512')
     parser.add_argument('--split', choices=('train', 'test'), default='train', help='default: train')
 
 
 def _landscape(options: argparse.Namespace) -> int:
-    """Evaluates the loss on a grid of weights around checkpoints, or between them, and draws it.
+    """Evaluate and draw the loss on a grid of weights around checkpoints, or between them.
 
-    Every finished row is stored: a run that was killed goes on where it stopped.
+    Every finished row is stored; the same command continues an interrupted run.
     """
     if (code := refuse_launcher('landscape')) != OK:
         return code
-    from composer_sam.studies.checkpoints import Request, landscapes
-    from composer_sam.studies.report import console, progress_bar, tabulate_landscapes, write_pictures
+    from composer_sam.studies.console import console, progress_bar
+    from composer_sam.studies.landscape import Request, landscapes
+    from composer_sam.studies.report import tabulate_landscapes, write_pictures
 
     try:
         paths, labels, recipe = _checkpoints(options)
@@ -97,11 +109,11 @@ def _landscape(options: argparse.Namespace) -> int:
             seed=options.seed,
             batchnorm=options.batchnorm,
         )
-        _check_folder(options.out)
+        check_folder(options.out)
         with progress_bar('rows') as progress:
             found = landscapes(request, recipe, options.out, options.jobs, progress)
         files = write_pictures(found, request, options.out)
-    except ValueError as error:
+    except (ValueError, ModuleNotFoundError) as error:
         complain(str(error))
         return MISTAKE
     except Exception as error:
@@ -112,20 +124,21 @@ def _landscape(options: argparse.Namespace) -> int:
 
 
 def _sharpness(options: argparse.Namespace) -> int:
-    """Measures the loss around checkpoints: eigenvalues and trace of the Hessian, and sharpness within a radius."""
+    """Measure the loss around checkpoints: eigenvalues and trace of the Hessian, and the growth within a radius."""
     if (code := refuse_launcher('sharpness')) != OK:
         return code
-    from composer_sam.studies.checkpoints import measurements
-    from composer_sam.studies.report import console, progress_bar, tabulate_measurements
+    from composer_sam.studies.console import console, progress_bar
+    from composer_sam.studies.report import tabulate_measurements
+    from composer_sam.studies.sharpness import measure_checkpoints
 
     try:
         if not 0 < options.rho < math.inf:
             raise ValueError(f'--rho must be a number > 0, got {options.rho}')
         paths, labels, recipe = _checkpoints(options)
         if options.out is not None:
-            _check_folder(options.out.parent)
+            check_folder(options.out.parent)
         with progress_bar('checkpoints') as progress:
-            rows = measurements(
+            rows = measure_checkpoints(
                 recipe,
                 paths,
                 labels,
@@ -136,15 +149,15 @@ def _sharpness(options: argparse.Namespace) -> int:
                 rho=options.rho,
             )
         if options.out is not None:
-            options.out.write_text(json.dumps(rows, indent=1))
-    except ValueError as error:
+            write_whole(options.out, json.dumps([row.as_dict() for row in rows], indent=1))
+    except (ValueError, ModuleNotFoundError) as error:
         complain(str(error))
         return MISTAKE
     except Exception as error:
         return fail('sharpness', error)
     console().print(tabulate_measurements(rows))
     console().print(
-        f'{rows[0]["samples"]} samples of the {options.split} data; λ: largest eigenvalues of the Hessian; '
+        f'{rows[0].measurements.samples} samples of the {options.split} data; λ: largest eigenvalues of the Hessian; '
         f'sharpness: growth of the loss within rho {options.rho:g}',
         soft_wrap=True,
     )
@@ -152,23 +165,14 @@ def _sharpness(options: argparse.Namespace) -> int:
 
 
 def _checkpoints(options: argparse.Namespace) -> tuple[tuple[Path, ...], tuple[str, ...], Recipe]:
-    """The checkpoints named on the command line, what they are called, and their recipe."""
-    from composer_sam.recipes import is_override, load_recipe
+    """Return the checkpoints named on the command line, their labels and their recipe."""
+    from composer_sam.recipes import load_recipe
     from composer_sam.studies.checkpoints import check_files, default_labels
 
-    paths = tuple(Path(argument) for argument in options.changes if not is_override(argument))
-    overrides = [argument for argument in options.changes if is_override(argument)]
+    files, overrides = files_and_overrides(options.changes)
+    paths = tuple(map(Path, files))
     check_files(paths)
     labels = default_labels(paths) if options.labels is None else options.labels.split(',')
     if len(labels) != len(paths) or len(set(labels)) != len(labels) or '' in labels:
         raise ValueError(f'--labels: {len(paths)} different names are needed, by commas, got {options.labels!r}')
     return paths, tuple(labels), load_recipe(options.recipe, (), overrides)
-
-
-def _check_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f'--out: {str(folder)!r} cannot be written: {error.strerror}') from None

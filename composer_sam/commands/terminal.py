@@ -1,19 +1,26 @@
-"""What all commands share: exit codes, numbers on the command line, and what they say to the user."""
+"""What all commands share: exit codes, types of arguments, and messages to the user."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+import tempfile
 import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
 
 __all__ = [
     'FAILED',
     'INTERRUPTED',
     'MISTAKE',
     'OK',
+    'Commands',
+    'check_folder',
     'complain',
     'fail',
+    'files_and_overrides',
     'natural',
     'positive',
     'refuse_launcher',
@@ -22,20 +29,42 @@ __all__ = [
 
 OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
+Commands: TypeAlias = 'argparse._SubParsersAction[argparse.ArgumentParser]'
+
 
 def natural(text: str) -> int:
+    """Return the integer >= 0 that an argument spells."""
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f'must be an integer >= 0, got {text!r}')
     return int(text)
 
 
 def positive(text: str) -> int:
+    """Return the integer >= 1 that an argument spells."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'must be an integer >= 1, got {text!r}')
     return int(text)
 
 
+def files_and_overrides(changes: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate paths of files from ``dotted.key=value`` overrides."""
+    from composer_sam.recipes import is_override
+
+    return [c for c in changes if not is_override(c)], [c for c in changes if is_override(c)]
+
+
+def check_folder(folder: Path) -> None:
+    """Create the folder for results and raise ValueError where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f'--out: {str(folder)!r} cannot be written: {error.strerror}') from None
+
+
 def refuse_launcher(command: str) -> int:
+    """Return MISTAKE, with a message, where Composer's launcher has started several processes; else OK."""
     if int(os.environ.get('WORLD_SIZE', '1')) == 1:
         return OK
     complain(f'{command} starts its own processes; run it without the launcher')
@@ -43,20 +72,23 @@ def refuse_launcher(command: str) -> int:
 
 
 def fail(command: str, error: Exception) -> int:
+    """Print the traceback of an unexpected error and return FAILED."""
     traceback.print_exception(error)
     complain(f'{command} failed: {type(error).__name__}: {error}')
     return FAILED
 
 
-def _is_first_process() -> bool:
-    return int(os.environ.get('RANK', '0')) == 0
-
-
 def say(message: str) -> None:
+    """Print to stdout, on the first of several processes only."""
     if _is_first_process():
         print(message)
 
 
 def complain(message: str) -> None:
+    """Print one line to stderr, on the first of several processes only."""
     if _is_first_process():
         print(f'composer-sam: {" ".join(message.split())}', file=sys.stderr)
+
+
+def _is_first_process() -> bool:
+    return int(os.environ.get('RANK', '0')) == 0

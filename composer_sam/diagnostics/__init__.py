@@ -1,4 +1,4 @@
-"""What a trained network's loss looks like around its weights: pure functions of (model, loss, batches)."""
+"""Measures of the loss around the weights of a network: pure functions of (model, loss, batches)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from composer_sam.diagnostics.hessian import (
     top_eigenvalues,
     trace,
 )
-from composer_sam.diagnostics.measure import MEASURES, Measurements, measure
+from composer_sam.diagnostics.measure import MEASURES, Measurements, MeasureOptions, measure
 from composer_sam.diagnostics.objective import Objective
 from composer_sam.diagnostics.sharpness import (
     AverageSharpness,
@@ -29,6 +29,7 @@ __all__ = [
     'Eigenvalues',
     'Flatness',
     'GradientGeometry',
+    'MeasureOptions',
     'Measurements',
     'Objective',
     'Sharpness',

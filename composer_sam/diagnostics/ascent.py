@@ -1,4 +1,4 @@
-"""The maximum of a function of the weights within a ball around them, by projected gradient ascent."""
+"""Projected gradient ascent: the maximum of a function of the weights in a ball around them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,22 @@ from composer_sam.vectors import Vector, add, multiply, norm, scale, to_radius
 __all__ = ['Maximum', 'check_ascent', 'check_eta', 'maximise']
 
 _ASCENTS = ('first_order', 'projected')
-# A step this small relative to the radius changes nothing that could be told from rounding.
+# A smaller step, relative to the radius, changes less than rounding does.
 _SMALLEST_STEP = 1e-6
 
-# An offset of the weights to the function's value there and its gradient.
+# From an offset of the weights to the value and the gradient of the function at w + offset.
 Function = Callable[[Sequence[Tensor]], tuple[float, list[Tensor]]]
 
 
 @dataclass(frozen=True)
 class Maximum:
-    """The function's values at the weights, at the first-order solution, and the largest found."""
+    """The values of a function that :func:`maximise` found.
+
+    Attributes:
+        centre: the value at the weights.
+        first_order: the value at the first-order solution.
+        value: the largest value found.
+    """
 
     centre: float
     first_order: float
@@ -33,9 +39,9 @@ class Maximum:
 
 @dataclass(frozen=True)
 class _Point:
-    """A point of the ball, in units of the metric."""
+    """A point of the ball in the coordinates u, with the value there and the gradient with respect to u."""
 
-    u: Vector | None  # None is the centre
+    u: Vector | None  # None: the centre
     value: float
     gradient: Vector
 
@@ -51,18 +57,19 @@ def maximise(
 ) -> Maximum:
     r"""Search :math:`\max F(e)` over :math:`\lVert T^{-1} e \rVert \le \rho`.
 
-    With :math:`e = T u` the ball is round: the first-order solution is :math:`u = \rho \, T g / \lVert T g \rVert`, g
-    the gradient at the centre, and every step goes along :math:`T \nabla F(T u)`, at first by a radius, and back onto
-    the ball. The rate doubles when F grew; when it did not, the point stays and the rate is quartered: F never falls.
-    Where g is zero there is no first-order solution (its F is the centre's), and a random point is the start.
+    In the coordinates u with :math:`e = T u` the ball is round. The ascent starts at the first-order solution
+    :math:`u = \rho \, T g / \lVert T g \rVert`, where g is the gradient at the centre. A step goes along
+    :math:`T \nabla F(T u)` and is projected onto the ball; the first step is as long as the radius. The rate is doubled
+    after a step that increases F. Otherwise the step is rejected and the rate is divided by 4, so F never decreases.
+    If g is zero, the ascent starts at a random point and ``first_order`` is the value at the centre.
 
     Args:
-        objective: where the weights are.
-        function: F and its gradient at w + e.
-        rho: the radius.
-        metric: T, elementwise and not negative; None for 1.
-        steps: evaluations after the first-order solution.
-        seed: of the random start.
+        objective: holds the weights w.
+        function: returns F and its gradient at w + e.
+        rho: the radius :math:`\rho`.
+        metric: the diagonal of T, >= 0; None for the identity.
+        steps: the number of evaluations after the first-order solution.
+        seed: the seed of the random start.
 
     Raises:
         NotFiniteError: F is not finite, at the weights or in the ball.
@@ -90,7 +97,7 @@ def maximise(
         slope = float(norm(best.gradient))
         if not slope:
             break
-        # Beyond the largest of these steps only the direction counts.
+        # A longer step is projected to the same point: only its direction matters.
         rate = min(rate or rho / slope, rho / slope / _SMALLEST_STEP)
         if rate * slope < _SMALLEST_STEP * rho:
             break
@@ -110,7 +117,7 @@ def _onto_ball(u: Vector, rho: float) -> Vector:
 
 
 def check_ascent(rho: float, ascent: str, steps: int) -> None:
-    """Raise ValueError for a radius, an ascent or a number of steps out of range."""
+    """Raise ValueError for a radius, a kind of ascent or a number of steps out of range."""
     check_positive('rho', rho)
     check_at_least('steps', steps, 0)
     if ascent not in _ASCENTS:
@@ -118,6 +125,6 @@ def check_ascent(rho: float, ascent: str, steps: int) -> None:
 
 
 def check_eta(eta: float) -> None:
-    """Raise ValueError for what cannot be added to the weights' magnitudes."""
+    """Raise ValueError for anything but a finite number >= 0."""
     if not 0 <= eta < math.inf:
         raise ValueError(f'eta must be a finite number >= 0, got {eta!r}')

@@ -1,4 +1,4 @@
-"""What a diagnostic refuses, and what would work."""
+"""Checks of the arguments of all diagnostics, and the errors they raise."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Loss: TypeAlias = Callable[[Any, Any], Tensor]
 
 
 class NotFiniteError(ValueError):
-    """A loss, a gradient or a Hessian product that is NaN or infinite where a number is needed."""
+    """A loss, a gradient or a Hessian product is NaN or infinite."""
 
 
 class NotConvergedError(RuntimeError):
@@ -35,30 +35,36 @@ class NotConvergedError(RuntimeError):
 
 
 def check_count(name: str, count: object) -> None:
-    """Raise ValueError for what is neither None nor an integer >= 1."""
+    """Raise ValueError for anything but None and an integer >= 1."""
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
         raise ValueError(f'{name} must be an integer >= 1 or None, got {count!r}')
 
 
 def check_at_least(name: str, number: object, least: int) -> None:
-    """Raise ValueError for what is not an integer of at least ``least``."""
+    """Raise ValueError for anything but an integer >= ``least``."""
     if isinstance(number, bool) or not isinstance(number, int) or number < least:
         raise ValueError(f'{name} must be an integer >= {least}, got {number!r}')
 
 
 def check_positive(name: str, number: object) -> None:
-    """Raise ValueError for what is not a finite number > 0."""
+    """Raise ValueError for anything but a finite number > 0."""
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < float('inf'):
         raise ValueError(f'{name} must be a finite number > 0, got {number!r}')
 
 
 def checked_loss(model: nn.Module, loss: Loss | None) -> Loss | None:
-    """The loss of a plain module; None for a Composer model, which is known by what only it has."""
+    """Return the loss function of a plain module, or None for a Composer model.
+
+    A Composer model is recognised by its methods ``loss`` and ``eval_forward``.
+
+    Raises:
+        ValueError: a loss for a Composer model, no loss for a plain module, or a loss that is a sum over the batch.
+    """
     if hasattr(model, 'loss') and hasattr(model, 'eval_forward'):
         if loss is not None:
             raise ValueError(
-                'loss must be None for a Composer model, whose own loss is measured; for another one pass the module '
-                'in it and batches of (inputs, targets)'
+                'loss must be None for a Composer model, whose own loss is measured; for another loss pass the module '
+                'inside it and batches of (inputs, targets)'
             )
         return None
     if not callable(loss):
@@ -72,7 +78,7 @@ def checked_loss(model: nn.Module, loss: Loss | None) -> Loss | None:
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise ValueError for wrappers whose weights or gradients are not whole in this process."""
+    """Raise ValueError for a model with sharded parameters, or with DistributedDataParallel inside."""
     for module in model.modules():
         sharded = isinstance(module, (FullyShardedDataParallel, FSDPModule))
         if sharded or any(isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)):
@@ -87,12 +93,12 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:
-    """Raise ValueError where there is nothing to differentiate, or too little precision."""
+    """Raise ValueError for a model without trainable parameters, or with parameters in half precision."""
     if not named:
         raise ValueError('the model has no parameter that requires a gradient: nothing to differentiate')
     for name, parameter in named:
         if parameter.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f'parameter {name!r} is {parameter.dtype}, in which differences of the loss are rounding: measure a '
-                'copy in float32, copy.deepcopy(model).float()'
+                f'parameter {name!r} is {parameter.dtype}, whose rounding errors hide differences of the loss: measure '
+                'a copy in float32, copy.deepcopy(model).float()'
             )

@@ -1,4 +1,4 @@
-"""How a method's direction lies to the plain gradient, step by step."""
+"""The angle and the lengths of a method's direction and the plain gradient."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class GradientGeometry:
     share_opposite: Tensor
 
     def as_dict(self) -> dict[str, float]:
-        """All numbers by name; waits for the device, once."""
+        """Return all numbers by name; this synchronises with the device once."""
         names = [field.name for field in dataclasses.fields(self)]
         values = torch.stack([getattr(self, name).double() for name in names]).tolist()
         return dict(zip(names, values, strict=True))
 
 
 def gradient_geometry(gradient: Vector, direction: Vector) -> GradientGeometry:
-    r"""Compares what a method hands to the base optimizer with the plain gradient.
+    r"""Compare the direction that a method hands to the base optimizer with the plain gradient.
 
-    With the plain gradient :math:`g` at the weights and the direction :math:`d` that replaces it (for SAM the gradient
-    at the perturbed weights), over all :math:`n` entries of parameters that have a gradient, on all ranks:
+    :math:`g` is the plain gradient at the weights and :math:`d` the direction, for SAM the gradient at the perturbed
+    weights. Over all :math:`n` entries of the parameters with a gradient, on all ranks, the result holds
 
     .. math::
         \lVert g \rVert, \quad \lVert d \rVert, \quad
@@ -42,12 +42,16 @@ def gradient_geometry(gradient: Vector, direction: Vector) -> GradientGeometry:
         \text{larger} = \frac{1}{n} \#\{i : |d_i| > |g_i|\}, \quad
         \text{opposite} = \frac{1}{n} \#\{i : g_i d_i < 0\}
 
-    The last two are the third experiment of the study. The cosine with a zero vector is 0. Of a decoupled method
-    (WSAM) :math:`d` includes the part that goes past the base optimizer.
+    in this order as ``gradient_norm``, ``direction_norm``, ``cosine``, ``share_larger`` and ``share_opposite``. The
+    last two are the third experiment of Luong's study. The cosine with a zero vector is 0. For a decoupled method
+    (WSAM) :math:`d` includes the part that is applied after the base optimizer.
 
     Args:
         gradient: :math:`g`, averaged over ranks.
-        direction: :math:`d`.
+        direction: :math:`d`, averaged over ranks.
+
+    Cost:
+        A few reads of both vectors; for sharded parameters one collective for each sum.
 
     Example:
         >>> import torch
@@ -65,6 +69,6 @@ def gradient_geometry(gradient: Vector, direction: Vector) -> GradientGeometry:
     lengths = g * d
     cosine = torch.where(lengths == 0, torch.zeros_like(lengths), dot(gradient, direction) / lengths)
     larger = share(lambda x, y: y.abs() > x.abs(), gradient, direction)
-    # Of the signs: a product of small numbers would underflow.
+    # The product of the signs: a product of small numbers would underflow.
     opposite = share(lambda x, y: x.sign() * y.sign() < 0, gradient, direction)
     return GradientGeometry(g, d, cosine, larger, opposite)

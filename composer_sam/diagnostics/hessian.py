@@ -1,7 +1,7 @@
-"""Eigenvalues, trace and spectral density of the loss's Hessian, by Hessian-vector products alone.
+"""Eigenvalues, trace and spectral density of the Hessian of the loss, from Hessian-vector products.
 
-The matrix is never formed: n parameters would need n^2 numbers. All vectors are in the weights' precision; inner
-products and the small matrices of Lanczos' method that decide the results are in fp64.
+The matrix is never formed: for n parameters it would take n^2 numbers. Vectors are in the precision of the weights; the
+inner products and small matrices that determine the results are in fp64.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from composer_sam.diagnostics.checks import Loss, NotFiniteError, check_at_least, check_positive
 from composer_sam.diagnostics.lanczos import (
     ENDS,
-    Operator,
     broadened,
     dense_eigenvectors,
     extreme_eigenvectors,
+    hutch,
     inner,
+    mean_and_error,
+    quadratic,
     quadrature,
     ranked,
 )
@@ -30,20 +32,21 @@ from composer_sam.diagnostics.objective import Objective
 
 __all__ = ['Eigenvalues', 'SpectralDensity', 'Trace', 'spectral_density', 'top_eigenvalues', 'trace']
 
-# Vectors of Lanczos' method beyond the eigenvalues asked for: fewer took more products on small networks, and more
-# took more memory and no fewer products.
+# The number of Lanczos vectors beyond the requested eigenvalues. On small networks fewer vectors took more products,
+# and more vectors took more memory and as many products.
 _SPARE = 7
 
 
 @dataclass(frozen=True)
 class Eigenvalues:
-    """Eigenvalues and unit eigenvectors, the wanted end first.
+    """Eigenvalues and unit eigenvectors, sorted from the requested end of the spectrum.
 
     Attributes:
-        values: in units of the loss per squared weight.
-        vectors: for each value one tensor per parameter; its element of the largest magnitude is positive.
-        residuals: for each :math:`\\lVert H v - \\lambda v \\rVert`; an eigenvalue of H lies within it.
-        products: Hessian products spent.
+        values: the eigenvalues, in units of the loss per squared weight.
+        vectors: for each value one tensor per parameter; the element of largest magnitude is positive.
+        residuals: for each value :math:`\\lVert H v - \\lambda v \\rVert`; an eigenvalue of H lies within this
+            distance of the value.
+        products: the number of Hessian products.
     """
 
     values: tuple[float, ...]
@@ -54,7 +57,13 @@ class Eigenvalues:
 
 @dataclass(frozen=True)
 class Trace:
-    """An estimate of the trace with its standard error, and the Hessian products it took."""
+    """An estimate of the trace.
+
+    Attributes:
+        value: the estimate.
+        stderr: its standard error.
+        products: the number of Hessian products.
+    """
 
     value: float
     stderr: float
@@ -66,12 +75,12 @@ class SpectralDensity:
     """The distribution of the eigenvalues.
 
     Attributes:
-        grid: eigenvalues, ascending and evenly spaced.
-        density: at each of them; integrates to 1 over the grid, as a share of the n eigenvalues.
-        sigma: width of the Gaussian every node is drawn as.
-        nodes: Lanczos' nodes, before broadening, of all probes.
-        weights: theirs, summing to 1.
-        products: Hessian products spent.
+        grid: evenly spaced points, ascending, in units of the eigenvalues.
+        density: the density at each point; it integrates to 1 over the grid.
+        sigma: the standard deviation of the Gaussian around every node.
+        nodes: the nodes of all probes, before broadening.
+        weights: the weights of the nodes; they sum to 1.
+        products: the number of Hessian products.
     """
 
     grid: np.ndarray = field(repr=False)
@@ -96,38 +105,39 @@ def top_eigenvalues(
     max_iterations: int = 1000,
     progress: bool = False,
 ) -> Eigenvalues:
-    r"""The extreme eigenvalues of the Hessian: how strongly the loss curves at most, "the sharpness" in many tables.
+    r"""Return the extreme eigenvalues of the Hessian; the largest is called "the sharpness" in many papers.
 
     .. math:: H v_i = \lambda_i v_i, \qquad H = \nabla^2 L(w), \qquad \lambda_1 \ge \lambda_2 \ge \dots \ge \lambda_n
 
-    by restarted Lanczos (ARPACK), started from a random vector; the values are Rayleigh quotients of the vectors it
-    ends with. Eigenvalues that are exactly equal are not told apart reliably, as by any Lanczos method with one start.
+    They are computed by the restarted Lanczos method (ARPACK) from a random starting vector; the values are the
+    Rayleigh quotients of the final vectors. Exactly equal eigenvalues may be missed, as with every Lanczos method that
+    starts from one vector.
 
     Args:
-        model: the model, or an :class:`~composer_sam.diagnostics.objective.Objective`, which stands for the next two
-            and for ``samples`` and ``microbatch``.
-        loss: see :class:`~composer_sam.diagnostics.objective.Objective`, as ``batches``, ``samples`` and
-            ``microbatch``.
+        model: the model, or an :class:`~composer_sam.diagnostics.objective.Objective`, which replaces ``loss``,
+            ``batches``, ``samples`` and ``microbatch``.
+        loss: see :class:`~composer_sam.diagnostics.objective.Objective`.
         batches: the samples.
-        k: how many, 1 to n.
-        which: ``'largest'``, algebraically: what tables of sharpness show; ``'magnitude'``: the largest in absolute
-            value; ``'smallest'``: the most negative.
-        samples: at most so many samples on each rank.
-        microbatch: samples per graph.
-        tol: :math:`> 0`, the residual relative to the eigenvalue at which Lanczos stops. The eigenvalue's own error is
-            of the order of its square.
-        seed: of the starting vector.
-        max_iterations: Hessian products after which to give up, about.
+        k: the number of eigenvalues, 1 to n.
+        which: ``'largest'``: the algebraically largest, as reported for sharpness; ``'magnitude'``: the largest in
+            absolute value; ``'smallest'``: the algebraically smallest.
+        samples: the largest number of samples on each rank.
+        microbatch: the largest number of samples in one graph.
+        tol: :math:`> 0`, the residual, relative to the eigenvalue, at which Lanczos stops. The relative error of the
+            eigenvalue is of the order of the square of the residual.
+        seed: the seed of the starting vector.
+        max_iterations: about the largest number of Hessian products.
         progress: count the products on stderr, on the first rank.
 
     Cost:
-        About 10 Hessian products for ``k=1`` and 20 for ``k=5`` at trained weights, where few eigenvalues stand out;
-        several times that at random ones; n where that is less. 2k + 1, at least k + 7, vectors of
-        n numbers on the CPU, beside a product's own memory.
+        About 10 Hessian products for ``k=1`` and 20 for ``k=5`` at trained weights, where few eigenvalues dominate;
+        several times as many at random weights; never more than about n for small models. Memory: that of one product,
+        and the larger of 2k + 1 and k + 7 vectors of n numbers on the CPU.
 
     Raises:
         ValueError: an argument out of its range, or what an Objective refuses.
-        NotConvergedError: Lanczos did not converge; the message says what was reached.
+        NotConvergedError: Lanczos did not converge; the message gives the eigenvalues that did.
+        ModuleNotFoundError: SciPy is not installed; models of very few parameters do not need it.
 
     Example:
         >>> import torch
@@ -173,7 +183,7 @@ def trace(
     microbatch: int | None = None,
     seed: int = 0,
 ) -> Trace:
-    r"""The trace of the Hessian, the sum of its eigenvalues: n times the mean curvature.
+    r"""Estimate the trace of the Hessian, the sum of its eigenvalues, which is n times the mean curvature.
 
     .. math::
 
@@ -182,27 +192,28 @@ def trace(
         \operatorname{tr} Q^\top H Q + \frac{1}{m} \sum_{j=1}^{m} \bar z_j^\top H \bar z_j,
         \quad \bar z_j = (I - Q Q^\top) z_j
 
-    with vectors z of random signs. The first is Hutchinson's. The second, Hutch++, takes the trace on the range Q of
-    H S, S random, exactly, and estimates the rest only: better where few eigenvalues dominate, as in trained networks.
+    with vectors z of random signs. The first is Hutchinson's estimator. The second, Hutch++, computes the trace on the
+    range Q of H S, with a random S, exactly and estimates the rest. Its error is smaller where few eigenvalues
+    dominate, as in trained networks.
 
     Args:
         model: the model, or an Objective.
-        loss: see :class:`~composer_sam.diagnostics.objective.Objective`, as ``batches``, ``samples`` and
-            ``microbatch``.
+        loss: see :class:`~composer_sam.diagnostics.objective.Objective`.
         batches: the samples.
         estimator: ``'hutchinson'`` or ``'hutch++'``.
-        probes: Hessian products to spend: :math:`\ge 2` for Hutchinson, where it is m; :math:`\ge 6` for Hutch++, a
-            third each for the range, the trace on it, and m.
-        samples: at most so many samples on each rank.
-        microbatch: samples per graph.
-        seed: of the random vectors.
+        probes: the number of Hessian products: :math:`m \ge 2` for Hutchinson; :math:`\ge 6` for Hutch++, which uses
+            a third each for the range, for the trace on the range, and for m.
+        samples: the largest number of samples on each rank.
+        microbatch: the largest number of samples in one graph.
+        seed: the seed of the random vectors.
 
     Returns:
-        The estimate and its standard error, the sample deviation of the m terms over :math:`\sqrt m`.
+        The estimate and its standard error, which is the sample standard deviation of the m terms over
+        :math:`\sqrt m`.
 
     Cost:
-        ``probes`` Hessian products. Memory: Hutchinson two copies of the parameters, Hutch++ ``probes`` of them at its
-        peak, on the parameters' device.
+        ``probes`` Hessian products. Memory: two copies of the parameters for Hutchinson, at most ``probes`` copies for
+        Hutch++, on the device of the parameters.
 
     Raises:
         ValueError: an argument out of its range, or what an Objective refuses.
@@ -229,9 +240,9 @@ def trace(
         operator = _Counted(objective)
         signs = _signs(objective, seed)
         if estimator == 'hutchinson':
-            value, stderr = _mean(_quadratic(operator, next(signs)) for _ in range(probes))
+            value, stderr = mean_and_error(quadratic(operator, next(signs)) for _ in range(probes))
         else:
-            value, stderr = _hutch(operator, signs, probes)
+            value, stderr = hutch(operator, signs, probes)
         return Trace(value, stderr, operator.products)
 
 
@@ -248,37 +259,37 @@ def spectral_density(
     microbatch: int | None = None,
     seed: int = 0,
 ) -> SpectralDensity:
-    r"""How the Hessian's n eigenvalues are distributed, by stochastic Lanczos quadrature.
+    r"""Estimate the distribution of the n eigenvalues of the Hessian by stochastic Lanczos quadrature.
 
     .. math::
 
         \phi_\sigma(t) = \frac{1}{n} \sum_{i=1}^{n} \mathcal{N}(t; \lambda_i, \sigma^2)
         \approx \frac{1}{k} \sum_{j=1}^{k} \sum_{l=1}^{m} \omega_l^{(j)} \, \mathcal{N}(t; \theta_l^{(j)}, \sigma^2)
 
-    where :math:`\theta_l^{(j)}` are the eigenvalues of the tridiagonal matrix that m steps of Lanczos' method make from
-    the j-th random direction, and :math:`\omega_l^{(j)}` the squared first elements of its eigenvectors. The density
-    integrates to 1; n times it counts eigenvalues.
+    where :math:`\theta_l^{(j)}` are the eigenvalues of the tridiagonal matrix that m Lanczos steps from the j-th random
+    direction give, and :math:`\omega_l^{(j)}` are the squared first elements of its eigenvectors. The density
+    integrates to 1: multiply it by n to count eigenvalues.
 
     Args:
         model: the model, or an Objective.
-        loss: see :class:`~composer_sam.diagnostics.objective.Objective`, as ``batches``, ``samples`` and
-            ``microbatch``.
+        loss: see :class:`~composer_sam.diagnostics.objective.Objective`.
         batches: the samples.
-        steps: m, :math:`\ge 2`. The moments of each direction are exact up to the power 2m - 1.
-        probes: k, :math:`\ge 1`, independent directions.
-        sigma: :math:`> 0`, in units of the eigenvalues; None for :math:`\sqrt{10^{-5}}` of half the range of the nodes,
-            as published.
-        points: :math:`\ge 2`, of the grid, which reaches six sigma beyond the nodes.
-        samples: at most so many samples on each rank.
-        microbatch: samples per graph.
-        seed: of the directions.
+        steps: :math:`m \ge 2`. The moments of each direction are exact up to the power 2m - 1.
+        probes: :math:`k \ge 1`, the number of independent directions.
+        sigma: :math:`\sigma > 0`, in units of the eigenvalues; None for the published :math:`\sqrt{10^{-5}}` times half
+            the range of the nodes.
+        points: :math:`\ge 2`, the number of points of the grid, which extends six sigma beyond the nodes.
+        samples: the largest number of samples on each rank.
+        microbatch: the largest number of samples in one graph.
+        seed: the seed of the directions.
 
     Cost:
-        ``steps * probes`` Hessian products; ``steps`` copies of the parameters on their device, as every Lanczos vector
-        is orthogonalised against all before.
+        ``steps * probes`` Hessian products. Memory: ``steps`` copies of the parameters on their device, because every
+        Lanczos vector is orthogonalised against all previous ones.
 
     Raises:
         ValueError: an argument out of its range, a grid too coarse for ``sigma``, or what an Objective refuses.
+        ModuleNotFoundError: SciPy is not installed.
 
     Example:
         >>> import torch
@@ -309,7 +320,7 @@ def spectral_density(
 
 
 class _Counted:
-    """The Hessian as an operator on vectors of n numbers, which counts its products."""
+    """The Hessian as an operator on vectors of n numbers that counts its products."""
 
     def __init__(self, objective: Objective, progress: bool = False):
         self.products = 0
@@ -323,17 +334,18 @@ class _Counted:
             print(f'\rHessian products: {self.products}', end='', file=sys.stderr, flush=True)
         if not torch.isfinite(product).all():
             raise NotFiniteError(
-                'the Hessian product is not finite: the loss, or its curvature, overflows at these weights'
+                'the Hessian product is not finite: the loss or its curvature overflows at these weights'
             )
         return product
 
     def done(self) -> None:
+        """End the line of the count."""
         if self._progress:
             print(file=sys.stderr)
 
 
 def _ritz(objective: Objective, operator: _Counted, vectors: np.ndarray, which: str) -> Eigenvalues:
-    """Values and residuals of unit vectors, computed anew with inner products in fp64."""
+    """Return the Rayleigh quotients and residuals of vectors, computed with inner products in fp64."""
     values, residuals, columns = [], [], []
     for column in np.ascontiguousarray(vectors.T):
         vector = torch.from_numpy(column).to(objective.device)
@@ -353,34 +365,8 @@ def _ritz(objective: Objective, operator: _Counted, vectors: np.ndarray, which: 
     )
 
 
-def _hutch(operator: Operator, signs: Iterator[Tensor], probes: int) -> tuple[float, float]:
-    third = probes // 3
-    sketch = torch.stack([operator(next(signs)) for _ in range(third)], dim=1)
-    directions = torch.linalg.qr(sketch)[0]
-    del sketch
-    known = sum(_quadratic(operator, direction) for direction in directions.T.contiguous())
-    if directions.shape[1] >= directions.shape[0]:
-        return known, 0.0
-
-    def beyond(vector: Tensor) -> Tensor:
-        return vector - directions @ (directions.T @ vector)
-
-    rest, stderr = _mean(_quadratic(operator, beyond(next(signs))) for _ in range(probes - 2 * third))
-    return known + rest, stderr
-
-
-def _quadratic(operator: Operator, vector: Tensor) -> float:
-    return inner(vector, operator(vector))
-
-
-def _mean(terms: Iterable[float]) -> tuple[float, float]:
-    """The mean and its standard error."""
-    values = np.fromiter(terms, dtype=np.float64)
-    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
-
-
 def _signs(objective: Objective, seed: int) -> Iterator[Tensor]:
-    """Vectors of independent random signs, the same on every rank."""
+    """Yield vectors of independent random signs, the same on every rank."""
     generator = torch.Generator(objective.device).manual_seed(seed)
     like = objective.flat(objective.parameters)
     while True:

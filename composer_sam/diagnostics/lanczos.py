@@ -1,43 +1,64 @@
-"""Lanczos' method on an operator: extreme eigenvectors by ARPACK, and quadrature of the spectrum."""
+"""Numerical methods on an operator: extreme eigenvectors by ARPACK, quadrature of the spectrum, and the trace.
+
+SciPy is imported by the functions that need it.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.linalg import eigh_tridiagonal
-from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
 from composer_sam.diagnostics.checks import NotConvergedError
+from composer_sam.extras import extra
 
 __all__ = [
     'ENDS',
     'Operator',
     'broadened',
+    'check_eigensolver',
     'dense_eigenvectors',
     'extreme_eigenvectors',
+    'hutch',
     'inner',
+    'mean_and_error',
+    'quadratic',
     'quadrature',
     'ranked',
 ]
 
 Operator = Callable[[Tensor], Tensor]
-# The end of the spectrum that is wanted, in ARPACK's words.
+# The end of the spectrum, as ARPACK names it.
 ENDS = {'largest': 'LA', 'magnitude': 'LM', 'smallest': 'SA'}
+# The extra that installs the eigensolver, and the use of it.
+_EIGENVALUES = ('diagnostics', 'computing eigenvalues of the Hessian')
 
 
 def extreme_eigenvectors(
     operator: Operator, start: np.ndarray, columns: int, k: int, which: str, tol: float, max_iterations: int
 ) -> np.ndarray:
-    """Approximate eigenvectors as columns.
+    """Return approximate eigenvectors as columns.
+
+    Args:
+        operator: the symmetric matrix.
+        start: the starting vector; its type is the type of the computation.
+        columns: the number of Lanczos vectors.
+        k: the number of eigenvectors.
+        which: the end of the spectrum, a key of ``ENDS``.
+        tol: the relative residual at which to stop.
+        max_iterations: about the largest number of products.
 
     Raises:
-        NotConvergedError: not all converged in about ``max_iterations`` products.
+        NotConvergedError: fewer than k eigenvectors converged in about ``max_iterations`` products.
+        ModuleNotFoundError: SciPy is not installed.
     """
+    with extra(*_EIGENVALUES):
+        from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
+
     seen = {'largest': -np.inf, 'norm': 0.0, 'products': 0}
 
     def product(vector: np.ndarray) -> np.ndarray:
@@ -49,11 +70,11 @@ def extreme_eigenvectors(
         return found.numpy()
 
     matrix = LinearOperator((len(start), len(start)), matvec=product, dtype=start.dtype)  # pyright: ignore[reportCallIssue]
-    # ARPACK counts restarts, each of which makes anew all vectors but those it keeps.
+    # ARPACK counts restarts. A restart keeps k vectors and computes the others again.
     restarts = max(1, (max_iterations - columns) // (columns - k) + 1)
     options: dict[str, Any] = {'k': k, 'which': ENDS[which], 'tol': tol, 'ncv': columns, 'maxiter': restarts}
     if 'rng' in inspect.signature(eigsh).parameters:
-        # Drawn from where the products of the first vector span too little; by default it would differ between runs.
+        # ARPACK draws a new vector if the Krylov space of the first one is too small; by default it draws at random.
         options['rng'] = np.random.default_rng(0)
     try:
         return eigsh(matrix, v0=start, **options)[1]
@@ -66,12 +87,18 @@ def extreme_eigenvectors(
     except ArpackError:
         if seen['norm']:
             raise
-        # The Hessian maps a random vector to zero, so it is zero, and all vectors are eigenvectors.
+        # The operator maps a random vector to zero, so it is zero, and every vector is an eigenvector.
         return np.linalg.qr(np.random.default_rng(0).standard_normal((len(start), k)).astype(start.dtype))[0]
 
 
+def check_eigensolver() -> None:
+    """Raise ModuleNotFoundError, with the extra to install, where SciPy is not installed."""
+    with extra(*_EIGENVALUES):
+        import scipy.sparse.linalg  # noqa: F401
+
+
 def dense_eigenvectors(operator: Operator, size: int, k: int, which: str) -> np.ndarray:
-    """The eigenvectors of a Hessian that is no larger than Lanczos' basis would be, which is then the unit vectors."""
+    """Return eigenvectors as columns, from the dense matrix of an operator that is no larger than Lanczos' basis."""
     identity = torch.eye(size, dtype=torch.float64)
     matrix = torch.stack([operator(row).double().cpu() for row in identity]).numpy()
     values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
@@ -79,13 +106,25 @@ def dense_eigenvectors(operator: Operator, size: int, k: int, which: str) -> np.
 
 
 def ranked(values: np.ndarray, which: str) -> list[int]:
-    """Places of the values, the wanted end first."""
+    """Return the indices that sort the values from the end ``which`` of the spectrum, a key of ``ENDS``."""
     keys = {'largest': -values, 'magnitude': -np.abs(values), 'smallest': values}
     return [int(i) for i in np.argsort(keys[which], kind='stable')]
 
 
 def quadrature(operator: Operator, start: Tensor, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights of the Gauss quadrature that Lanczos' method makes of one direction, in fp64."""
+    """Return the nodes and weights of the Gauss quadrature of one direction, in fp64.
+
+    Args:
+        operator: the symmetric matrix.
+        start: the direction.
+        steps: the largest number of nodes.
+
+    Raises:
+        ModuleNotFoundError: SciPy is not installed.
+    """
+    with extra('diagnostics', 'the spectral density of the Hessian'):
+        from scipy.linalg import eigh_tridiagonal
+
     steps = min(steps, len(start))
     basis = start.new_zeros(steps, len(start))
     basis[0] = start / start.norm()
@@ -95,10 +134,10 @@ def quadrature(operator: Operator, start: Tensor, steps: int) -> tuple[np.ndarra
         diagonal.append(inner(basis[step], vector))
         scale = float(vector.norm())
         known = basis[: step + 1]
-        for _ in range(2):  # once more takes away what rounding left of the first time
+        for _ in range(2):  # the second time removes the rounding error of the first
             vector = vector - known.T @ (known @ vector)
         length = float(vector.norm())
-        # What is left is rounding: the directions so far are all that H makes of the first.
+        # The rest is rounding error: the basis spans the Krylov space of the start.
         if step + 1 == steps or length <= 10 * torch.finfo(vector.dtype).eps * scale:
             break
         beside.append(length)
@@ -110,10 +149,20 @@ def quadrature(operator: Operator, start: Tensor, steps: int) -> tuple[np.ndarra
 def broadened(
     nodes: np.ndarray, weights: np.ndarray, sigma: float | None, points: int
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Grid, density and sigma of Gaussians around weighted nodes."""
+    """Return grid, density and sigma of the sum of Gaussians around weighted nodes.
+
+    Args:
+        nodes: the centres.
+        weights: the weight of each Gaussian; they sum to 1.
+        sigma: the width; :math:`\\sqrt{10^{-5}}` of half the range of the nodes if None.
+        points: the number of points of the grid.
+
+    Raises:
+        ValueError: the grid is too coarse for ``sigma``.
+    """
     low, high = float(nodes.min()), float(nodes.max())
     if sigma is None:
-        # All nodes in one place, as of the identity: any width does.
+        # All nodes may be equal, as for a multiple of the identity: then any width serves.
         sigma = float(1e-5**0.5 * (high - low) / 2 or 1e-3 * abs(high) or 1e-3)
     grid = np.linspace(low - 6 * sigma, high + 6 * sigma, points)
     needed = int(np.ceil((high - low) / sigma)) + 13
@@ -126,5 +175,33 @@ def broadened(
 
 
 def inner(x: Tensor, y: Tensor) -> float:
-    """The inner product in fp64, a million elements at a time: fp64 copies of all would outweigh the vectors."""
+    """Return the inner product in fp64, computed from a million elements at a time to keep the fp64 copies small."""
     return sum(float(torch.dot(a.double(), b.double())) for a, b in zip(x.split(2**20), y.split(2**20), strict=True))
+
+
+def hutch(operator: Operator, signs: Iterator[Tensor], probes: int) -> tuple[float, float]:
+    """Return the estimate of Hutch++ and its standard error."""
+    third = probes // 3
+    sketch = torch.stack([operator(next(signs)) for _ in range(third)], dim=1)
+    directions = torch.linalg.qr(sketch)[0]
+    del sketch
+    known = sum(quadratic(operator, direction) for direction in directions.T.contiguous())
+    if directions.shape[1] >= directions.shape[0]:
+        return known, 0.0
+
+    def beyond(vector: Tensor) -> Tensor:
+        return vector - directions @ (directions.T @ vector)
+
+    rest, stderr = mean_and_error(quadratic(operator, beyond(next(signs))) for _ in range(probes - 2 * third))
+    return known + rest, stderr
+
+
+def quadratic(operator: Operator, vector: Tensor) -> float:
+    """Return the quadratic form of the operator at a vector."""
+    return inner(vector, operator(vector))
+
+
+def mean_and_error(terms: Iterable[float]) -> tuple[float, float]:
+    """Return the mean and its standard error."""
+    values = np.fromiter(terms, dtype=np.float64)
+    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)

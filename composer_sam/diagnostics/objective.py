@@ -1,4 +1,4 @@
-"""The mean loss over a fixed set of samples as a function of the weights: what every diagnostic measures."""
+"""The mean loss over a fixed set of samples as a function of the weights, which all diagnostics measure."""
 
 from __future__ import annotations
 
@@ -28,38 +28,40 @@ class Objective:
 
     .. math:: L(w) = \frac{1}{N} \sum_{i=1}^{N} \ell(w; x_i)
 
-    The model is in evaluation mode: BatchNorm uses its running statistics and does not update them, dropout is off, so
-    L is a function of w alone. Computed in the weights' precision (no autocast, no TF32), without compiled graphs.
+    The model is in evaluation mode: BatchNorm uses its running statistics and does not update them, and dropout is off,
+    so L is a function of w alone. It is computed in the precision of the weights (no autocast, no TF32) and without
+    compiled graphs.
 
     Args:
-        model: a module, or a Composer model. Under DistributedDataParallel every rank calls everything, brings samples
-            of its own, and gets the same results: those of one process with all ranks' samples.
-        loss: ``loss(model(inputs), targets)``, the mean over a batch's samples or one value for each. A sum
-            (``reduction='sum'``) would weigh samples by their batch's size: it is refused where it shows, and gives
-            wrong numbers where it does not. None for a Composer model, whose own ``loss`` is measured.
-        batches: ``(inputs, targets)``, or for a Composer model what it takes. Read once, until there are enough, and
-            kept where they lie; moved to the model's device when used. For results to repeat it must be a fixed set:
-            shuffling and augmentation repeat only where they draw from the global random streams, which are set to a
-            fixed seed while the batches are read.
-        samples: :math:`\ge 1`, how many samples each rank takes at most, the last batch cut; None for all. The first
-            dimension of every tensor of a batch must be the samples.
-        microbatch: :math:`\ge 1`, larger batches are cut into pieces of at most so many samples. It bounds the memory
-            and changes nothing else but rounding.
-        process_group: the ranks to sum over where ``model`` is not DistributedDataParallel itself.
+        model: a module, or a Composer model. Under DistributedDataParallel every rank must make the same calls, with
+            samples of its own; all ranks get the results of one process with the samples of all ranks.
+        loss: a function called as ``loss(model(inputs), targets)`` that returns the mean over the samples of a batch,
+            or one value per sample. A sum (``reduction='sum'``) would weight samples by the size of their batch: it is
+            refused where it can be detected, and gives wrong numbers otherwise. None for a Composer model, whose own
+            ``loss`` is measured.
+        batches: an iterable of ``(inputs, targets)``, or of the batches that a Composer model takes. It is read once,
+            until there are enough samples. Batches stay on their device and are moved to the device of the model for
+            each use. Results repeat only for a fixed set of samples: shuffling and augmentation repeat if they draw
+            from the global random streams, which have a fixed seed while the batches are read.
+        samples: :math:`\ge 1`, the largest number of samples on each rank; None for all. The last batch is cut. The
+            first dimension of every tensor of a batch must be the samples.
+        microbatch: :math:`\ge 1`, the largest number of samples in one graph; larger batches are cut. It bounds the
+            memory and changes the results by rounding only.
+        process_group: the ranks to sum over, if ``model`` is not DistributedDataParallel itself.
 
     Attributes:
-        parameters: the parameters that require a gradient, when this was made.
-        names: theirs, in the unwrapped model.
+        parameters: the parameters that required a gradient at construction.
+        names: the names of these parameters in the unwrapped model.
         samples: N, over all ranks.
 
     Cost:
-        A value is a forward over all samples, a gradient a pass, a Hessian product about two to three passes. Memory:
-        the graph of one micro-batch (for a Hessian product about three times a training step's), one copy of the
-        weights, and the result.
+        A value takes a forward over all samples, a gradient one pass, a Hessian product about two to three passes.
+        Memory: the graph of one micro-batch (for a Hessian product about three times that of a training step), one copy
+        of the weights, and the result.
 
     Raises:
-        ValueError: no samples, ``samples`` or ``microbatch`` < 1, nothing to differentiate, parameters sharded by FSDP
-            or in half precision, a loss that is a sum, or missing.
+        ValueError: no samples, ``samples`` or ``microbatch`` < 1, no trainable parameter, parameters sharded by FSDP or
+            in half precision, a loss that is a sum, or no loss.
 
     Example:
         >>> import torch
@@ -101,11 +103,11 @@ class Objective:
         self.layout = layout_of(self.parameters)
         self.device = self.parameters[0].device
         self._devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-        self._random: RandomState | None = None  # while undisturbed
-        self._linear: bool | None = None  # not known
+        self._random: RandomState | None = None  # set inside undisturbed()
+        self._linear: bool | None = None  # whether the loss is linear in the weights; None: not checked yet
         randomness = RandomState(self._devices)
         try:
-            randomness.fix()  # loaders draw from them
+            randomness.fix()  # loaders draw from the global streams
             self._batches = read(batches, samples, microbatch)
         finally:
             randomness.restore()
@@ -119,31 +121,45 @@ class Objective:
         model: nn.Module | Objective,
         loss: Loss | None = None,
         batches: Iterable[Any] | None = None,
-        **options: Any,
+        *,
+        samples: int | None = None,
+        microbatch: int | None = None,
     ) -> Objective:
-        """What the diagnostics take: a model with loss and batches, or the objective made of them before."""
+        """Return the objective of the arguments of a diagnostic.
+
+        Args:
+            model: a model, or an Objective, which is returned as it is.
+            loss: the loss of a model; None with an Objective.
+            batches: the samples of a model; None with an Objective.
+            samples: see :class:`Objective`; None with an Objective.
+            microbatch: see :class:`Objective`; None with an Objective.
+
+        Raises:
+            ValueError: an Objective and another argument, or a model without batches.
+        """
         if isinstance(model, Objective):
-            given = [name for name, value in {'loss': loss, 'batches': batches, **options}.items() if value is not None]
+            options = {'loss': loss, 'batches': batches, 'samples': samples, 'microbatch': microbatch}
+            given = [name for name, value in options.items() if value is not None]
             if given:
                 raise ValueError(f'an Objective already has {", ".join(given)}: pass it alone, or the model instead')
             return model
         if batches is None:
             raise ValueError('batches must be the samples to measure on, got None')
-        return cls(model, loss, batches, **options)
+        return cls(model, loss, batches, samples=samples, microbatch=microbatch)
 
     def value(self) -> float:
-        """L(w), summed in fp64. NaN or infinite where the loss is."""
+        """Return L(w), summed in fp64; NaN or infinite if the loss is."""
         with self.undisturbed(), torch.no_grad():
             self._restart()
             partial = sum(self._batch_loss(batch).item() * size / self.samples for batch, size in self._batches)
             return self.over_ranks(partial)
 
     def gradient(self) -> list[Tensor]:
-        r""":math:`\nabla L(w)`, one tensor per parameter; zero where the loss does not depend on it."""
+        r"""Return :math:`\nabla L(w)`, one tensor per parameter, zero for parameters without influence on the loss."""
         return self.value_and_gradient()[1]
 
     def value_and_gradient(self) -> tuple[float, list[Tensor]]:
-        """Both in one pass."""
+        """Return L(w) and its gradient, computed in one pass."""
         with self.undisturbed(), torch.enable_grad():
             self._restart()
             total = self.zeros()
@@ -157,19 +173,19 @@ class Objective:
             return self.over_ranks(partial), self._summed(total)
 
     def hessian_product(self, vector: Sequence[Tensor]) -> list[Tensor]:
-        r""":math:`\nabla^2 L(w) \, v`, exact: the gradient is differentiated again, batch by batch.
+        r"""Return :math:`\nabla^2 L(w) \, v`, exact: the gradient is differentiated again, batch by batch.
 
-        A loss that is linear in every parameter has the Hessian zero, and gets it: its gradient has no graph in torch
-        and stays the same when the weights move, which is tried, once. A gradient without a graph that does change
-        comes from a function whose backward cannot be differentiated, and is an error. Where only some of a model's
-        functions are of this kind and say nothing (torch's ``once_differentiable`` does), nobody can tell, and their
-        part of the Hessian is missing. Kinks (ReLU) count as flat.
+        The result is zero for a loss that is linear in every parameter. The gradient of such a loss has no graph in
+        torch and does not change with the weights, which is checked once. A gradient without a graph that does change
+        comes from a function whose backward cannot be differentiated, which is an error. If only some functions of a
+        model are of this kind and raise no error (as with torch's ``once_differentiable``), this cannot be detected and
+        their part of the Hessian is missing. The second derivative at kinks (ReLU) is 0.
 
         Args:
-            vector: one tensor per parameter, of its shape.
+            vector: one tensor per parameter, of the same shape.
 
         Raises:
-            ValueError: another number of tensors or other shapes; a loss that cannot be differentiated twice.
+            ValueError: the number of tensors or a shape differs; the loss cannot be differentiated twice.
         """
         directions = self._checked(vector)
         with self.undisturbed(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -187,9 +203,12 @@ class Objective:
 
     @contextlib.contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Evaluation mode inside. At the end, also after an exception, everything is bit for bit as before: weights,
-        buffers, gradients, the mode of every submodule, ``requires_grad`` flags and the random streams of Python,
-        NumPy and torch. May be nested, also around the other functions: the outermost one does the work."""
+        """Switch to evaluation mode inside, and restore everything bit for bit at the end, also after an exception.
+
+        Everything is weights, buffers, gradients, the mode of every submodule, ``requires_grad`` flags and the random
+        streams of Python, NumPy and torch. May be nested, also around the other functions: only the outermost one saves
+        and restores.
+        """
         if self._random is not None:
             yield
             return
@@ -209,11 +228,15 @@ class Objective:
 
     @contextlib.contextmanager
     def at(self, offset: Sequence[Tensor] | None) -> Iterator[None]:
-        """Weights w + offset inside, w again bit for bit at the end; ``None`` stays at w. May be nested: the inner
-        offset is added to where the outer one has put the weights.
+        """Set the weights to w + offset inside, and to w again, bit for bit, at the end.
+
+        May be nested: an inner offset is added to the outer one.
+
+        Args:
+            offset: one tensor per parameter, of the same shape; None stays at w.
 
         Raises:
-            ValueError: another number of tensors than parameters, or other shapes.
+            ValueError: the number of tensors or a shape differs.
         """
         if offset is None:
             yield
@@ -227,51 +250,53 @@ class Objective:
             placement.restore()
 
     def vector(self, values: Sequence[Tensor]) -> Vector:
-        """Tensors, one per parameter, for the mathematics of :mod:`composer_sam.vectors`; shares their memory."""
+        """Return tensors, one per parameter, as a vector for :mod:`composer_sam.vectors` that shares their memory."""
         return Vector(values, range(len(self.parameters)), self.layout)
 
     def flat(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One tensor per parameter as one vector of n numbers."""
+        """Return tensors, one per parameter, as one vector of n numbers."""
         return torch.cat([tensor.detach().reshape(-1).to(self.device) for tensor in tensors])
 
     def shaped(self, flat: Tensor) -> list[Tensor]:
-        """A vector of n numbers as one tensor per parameter; shares its memory where types and devices allow."""
+        """Return a vector of n numbers as one tensor per parameter; memory is shared if type and device are equal."""
         parts = flat.split([parameter.numel() for parameter in self.parameters])
         return [part.view_as(p).to(p.device, p.dtype) for part, p in zip(parts, self.parameters, strict=True)]
 
     def zeros(self) -> list[Tensor]:
-        """A zero for every parameter."""
+        """Return one tensor of zeros per parameter."""
         return [torch.zeros_like(parameter, requires_grad=False) for parameter in self.parameters]
 
     def gaussian(self, seed: int) -> list[Tensor]:
-        """Independent standard normal numbers for every parameter: the same on every rank, and from a random stream of
-        their own."""
+        """Return independent standard normal numbers, one tensor per parameter, the same on every rank.
+
+        They come from generators of their own: no global random stream is read.
+        """
         generators = {p.device: torch.Generator(p.device).manual_seed(seed) for p in self.parameters}
         return [
             torch.empty_like(p, requires_grad=False).normal_(generator=generators[p.device]) for p in self.parameters
         ]
 
     def subsets(self, size: int) -> Iterator[Objective]:
-        """This rank's samples in the order they came, ``size`` at a time (the last subset may be smaller), each as an
-        objective of its own that sums over no other rank."""
+        """Yield an objective for every ``size`` samples of this rank, in their order, that sums over no other rank.
+
+        The last subset may be smaller.
+        """
         for batches in regrouped(self._batches, size):
             yield Objective(self._model, self._loss, batches)
 
     @property
     def batches(self) -> list[Any]:
-        """This rank's samples, as the micro-batches they are measured in."""
+        """The samples of this rank, in micro-batches."""
         return [batch for batch, _ in self._batches]
 
     @property
     def first_rank(self) -> bool:
-        """Whether this process is the one to report."""
+        """Whether this process is the first of the group, which reports."""
         return self._group is None or dist.get_rank(self._group) == 0
 
     def over_ranks(self, number: float) -> float:
-        """The sum of every rank's number."""
+        """Return the sum of a number over all ranks."""
         return self._summed([torch.tensor(number, dtype=torch.float64, device=self.device)])[0].item()
-
-    # How it does it.
 
     def _restart(self) -> None:
         if self._random is not None:
@@ -283,14 +308,14 @@ class Objective:
             inputs, targets = batch
             return self._loss(self._model(inputs), targets).mean()
         found: Any = self._model.loss(self._model(batch), batch)  # pyright: ignore[reportCallIssue]
-        # As Composer's Trainer reads it: a tensor, several to be added, or a dictionary that may know the total.
+        # As in Composer's Trainer: a tensor, several tensors to be added, or a dictionary, with or without a total.
         if isinstance(found, Mapping):
             found = [found['total']] if 'total' in found else list(found.values())
         parts = [found] if isinstance(found, Tensor) else list(found)
         return torch.stack([part.mean() for part in parts]).sum()
 
     def _batch_product(self, batch: Any, directions: list[Tensor]) -> tuple[int, Sequence[Tensor | None]]:
-        """How many of the gradient's tensors have a graph, and one batch's Hessian product."""
+        """Return the number of gradient tensors with a graph, and the Hessian product of one batch."""
         loss = _differentiable(self._batch_loss(batch))
         gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
         rows = [
@@ -313,10 +338,10 @@ class Objective:
         return len(rows), products
 
     def _check_linear(self) -> None:
-        """Raise ValueError where the gradient depends on the weights though it has no graph."""
+        """Raise ValueError if the gradient depends on the weights although it has no graph."""
         if self._linear is None:
             before = self.gradient()
-            # As far as the weights themselves, so that a change of the gradient cannot hide in rounding.
+            # As long as the weights themselves, so that a change of the gradient is larger than rounding.
             length = max(float(parameter.detach().abs().max()) for parameter in self.parameters if parameter.numel())
             with self.at([v * (length or 1.0) for v in self.gaussian(seed=0)]):
                 after = self.gradient()
@@ -338,7 +363,7 @@ class Objective:
         return [v.detach().to(p.device, p.dtype) for v, p in zip(vector, self.parameters, strict=True)]
 
     def _summed(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The sum over ranks, one collective per kind of tensor."""
+        """Return the sums over ranks, with one collective per device and type."""
         if self._group is None or dist.get_world_size(self._group) == 1:
             return tensors
         kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
@@ -352,20 +377,20 @@ class Objective:
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:
-    """The module that ``torch.compile`` wrapped: it holds the same parameters, under their own names."""
+    """Return the module inside ``torch.compile``, which holds the same parameters under their own names."""
     return getattr(model, '_orig_mod', model)
 
 
 def _differentiable(loss: Tensor) -> Tensor:
     if not loss.requires_grad:
         raise ValueError(
-            'the loss does not depend on any trainable parameter as torch sees it: model and loss must not detach'
+            'the loss does not depend on any trainable parameter: neither model nor loss may detach tensors'
         )
     return loss
 
 
 def _accumulate(total: list[Tensor], parts: Sequence[Tensor | None], weight: float) -> None:
-    """``total += weight * parts`` in place; a part that is None is zero."""
+    """Add ``weight * parts`` to ``total`` in place; a part that is None counts as zero."""
     pairs = [(t, part) for t, part in zip(total, parts, strict=True) if part is not None]
     if any(part.layout != torch.strided for _, part in pairs):
         raise ValueError('a parameter has a sparse gradient: use nn.Embedding(..., sparse=False)')

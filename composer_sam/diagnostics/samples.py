@@ -1,4 +1,4 @@
-"""Batches of any nesting as numbers of samples: counted, cut and put together anew."""
+"""Counting, cutting and regrouping the samples of batches of any nesting."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ['on', 'read', 'regrouped']
 
 
 def _mapped(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
-    """The batch with every tensor in it replaced; mappings of any kind become dictionaries."""
+    """Return the batch with every tensor replaced; mappings of any kind become dictionaries."""
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):
@@ -25,10 +25,10 @@ def _mapped(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
 
 
 def _size(batch: Any) -> int:
-    """How many samples a batch holds.
+    """Return the number of samples in a batch.
 
     Raises:
-        ValueError: its tensors' first dimensions differ, or it holds no tensor of samples.
+        ValueError: the first dimensions of the tensors differ, or there is no tensor of samples.
     """
     sizes: set[int] = set()
 
@@ -45,13 +45,20 @@ def _size(batch: Any) -> int:
 
 
 def _cut(batch: Any, start: int, end: int) -> Any:
-    """The samples from ``start`` to before ``end``, sharing the batch's memory."""
+    """Return the samples from ``start`` up to, not including, ``end``; they share the memory of the batch."""
     return _mapped(lambda tensor: tensor[start:end] if tensor.dim() else tensor, batch)
 
 
 def read(batches: Iterable[Any], samples: int | None, microbatch: int | None) -> list[tuple[Any, int]]:
-    """The first ``samples`` samples as batches of at most ``microbatch``, each with its size. Reads no further batch
-    when it has enough."""
+    """Return the first ``samples`` samples as batches of at most ``microbatch`` samples, each with its size.
+
+    No further batch is read once there are enough samples.
+
+    Args:
+        batches: batches of samples.
+        samples: the largest number of samples; all if None.
+        microbatch: the largest number of samples in a returned batch; that of the given batch if None.
+    """
     found: list[tuple[Any, int]] = []
     left = samples
     for batch in batches:
@@ -69,8 +76,10 @@ def read(batches: Iterable[Any], samples: int | None, microbatch: int | None) ->
 
 
 def regrouped(batches: Iterable[tuple[Any, int]], size: int) -> Iterator[list[Any]]:
-    """All samples in their order, ``size`` at a time: each group as pieces of the batches it comes from. The last group
-    may be smaller."""
+    """Yield all samples in their order in groups of ``size``; the last group may be smaller.
+
+    A group is a list of pieces of the batches it comes from.
+    """
     group: list[Any] = []
     missing = size
     for batch, length in batches:
@@ -88,5 +97,5 @@ def regrouped(batches: Iterable[tuple[Any, int]], size: int) -> Iterator[list[An
 
 
 def on(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on ``device``."""
+    """Return the batch with its tensors on ``device``."""
     return _mapped(lambda tensor: tensor.to(device, non_blocking=True), batch)

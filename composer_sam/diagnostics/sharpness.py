@@ -1,4 +1,4 @@
-"""How much the loss, or its gradient, can grow within a ball around the weights."""
+"""The growth of the loss, and of its gradient, within a ball around the weights."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Sharpness:
     """The growth of the loss within a ball.
 
     Attributes:
-        value: the largest found; with ``ascent='first_order'`` the first-order one.
-        first_order: at the one point that a first-order expansion of the loss says is the worst.
+        value: the largest growth found; with ``ascent='first_order'`` the same as ``first_order``.
+        first_order: the growth at the first-order solution, where a linear expansion of the loss is largest.
         loss: L(w).
         rho: the radius.
     """
@@ -45,7 +45,14 @@ class Sharpness:
 
 @dataclass(frozen=True)
 class AverageSharpness:
-    """The mean growth of the loss under random offsets, with its standard error."""
+    """The mean growth of the loss under random offsets.
+
+    Attributes:
+        value: the mean.
+        stderr: its standard error.
+        loss: L(w).
+        rho: the root mean square length of the offsets.
+    """
 
     value: float
     stderr: float
@@ -58,9 +65,9 @@ class Flatness:
     """First-order flatness.
 
     Attributes:
-        value: rho times the largest gradient norm found; with ``ascent='first_order'`` at the first-order solution.
+        value: rho times the largest gradient norm found; with ``ascent='first_order'`` the same as ``first_order``.
         first_order: rho times the gradient norm at the first-order solution.
-        gradient_norm: at w.
+        gradient_norm: the gradient norm at w.
         rho: the radius.
     """
 
@@ -83,31 +90,31 @@ def sam_sharpness(
     microbatch: int | None = None,
     seed: int = 0,
 ) -> Sharpness:
-    r"""How much the loss can grow within a radius: what SAM minimises besides the loss.
+    r"""Return the largest growth of the loss within a radius, which SAM minimises besides the loss.
 
     .. math:: S_\rho(w) = \max_{\lVert e \rVert_2 \le \rho} L(w + e) - L(w)
 
-    ``'first_order'`` takes :math:`e = \rho \, g / \lVert g \rVert`, as SAM does (its sharpness can be negative);
-    ``'projected'`` goes on from there by projected gradient ascent and keeps the best, so it is never smaller, and
-    never negative. The maximum is over a function that is not concave: what is found is a lower bound of it.
+    ``'first_order'`` evaluates :math:`e = \rho \, g / \lVert g \rVert`, as SAM does; the result can be negative.
+    ``'projected'`` continues from there by projected gradient ascent and keeps the largest value, so the result is
+    never smaller, and never negative. The loss is not concave in e, so the result is a lower bound of the maximum.
 
     Args:
-        model: the model, or an :class:`~composer_sam.diagnostics.objective.Objective`, which stands for ``loss``,
+        model: the model, or an :class:`~composer_sam.diagnostics.objective.Objective`, which replaces ``loss``,
             ``batches``, ``samples`` and ``microbatch``.
         loss: see :class:`~composer_sam.diagnostics.objective.Objective`.
         batches: the samples.
-        rho: :math:`\rho > 0`, in the weights' units.
+        rho: :math:`\rho > 0`, in units of the weights.
         ascent: ``'projected'`` or ``'first_order'``.
-        steps: :math:`\ge 0`, evaluations of projected ascent.
-        m: :math:`\ge 1`: m-sharpness, the mean of the sharpness of m samples at a time, in the order they come; each
-            rank groups its own. None for all samples together.
-        samples: at most so many samples on each rank.
-        microbatch: samples per graph.
-        seed: of the start of projected ascent where the gradient is zero.
+        steps: :math:`\ge 0`, the number of evaluations of projected ascent.
+        m: :math:`\ge 1` for m-sharpness, the mean of the sharpness over groups of m samples, in their order; each rank
+            groups its own samples. None for all samples together.
+        samples: the largest number of samples on each rank.
+        microbatch: the largest number of samples in one graph.
+        seed: the seed of the start of projected ascent where the gradient is zero.
 
     Cost:
-        2 passes for ``'first_order'``, ``steps`` + 2 for ``'projected'``; memory: a pass, and about six copies of the
-        parameters.
+        2 passes for ``'first_order'``, ``steps`` + 2 for ``'projected'``. Memory: that of a pass, and about six copies
+        of the parameters.
 
     Raises:
         ValueError: an argument out of its range, a loss that is not finite, or what an Objective refuses.
@@ -143,32 +150,32 @@ def adaptive_sharpness(
     microbatch: int | None = None,
     seed: int = 0,
 ) -> Sharpness:
-    r"""Sharpness in the scale of each weight: what ASAM minimises besides the loss.
+    r"""Return the sharpness with offsets in units of each weight, which ASAM minimises besides the loss.
 
     .. math::
 
         S_\rho(w) = \max_{\lVert T_w^{-1} e \rVert_2 \le \rho} L(w + e) - L(w), \qquad
-        T_w = |w| + \eta \text{ for parameters called weight}, \; 1 \text{ for the others}
+        T_w = |w| + \eta \text{ for parameters with weight in their name}, \; 1 \text{ for the others}
 
-    elementwise, the operator of :class:`composer_sam.ASAM`. With ``eta=0`` it does not change when a layer's weights
-    are scaled up and the next one's down by the same factor, in a network of ReLUs without biases. The first-order
-    solution is :math:`e = \rho \, T_w^2 g / \lVert T_w g \rVert`.
+    elementwise, as in :class:`composer_sam.ASAM`. With ``eta=0``, in a network of ReLUs without biases, the result does
+    not change if the weights of one layer are multiplied by a factor and those of the next layer divided by it. The
+    first-order solution is :math:`e = \rho \, T_w^2 g / \lVert T_w g \rVert`.
 
     Args:
         model: the model, or an Objective.
         loss: see :class:`~composer_sam.diagnostics.objective.Objective`.
         batches: the samples.
         rho: :math:`\rho > 0`, relative to the weights.
-        eta: :math:`\eta \ge 0`, in the weights' units.
-        ascent: as for :func:`sam_sharpness`, like all that follow.
-        steps: evaluations of projected ascent.
-        m: m-sharpness.
-        samples: at most so many samples on each rank.
-        microbatch: samples per graph.
-        seed: of the start of projected ascent where the gradient is zero.
+        eta: :math:`\eta \ge 0`, in units of the weights.
+        ascent: ``'projected'`` or ``'first_order'``, as for :func:`sam_sharpness`.
+        steps: :math:`\ge 0`, the number of evaluations of projected ascent.
+        m: :math:`\ge 1` for m-sharpness, as for :func:`sam_sharpness`; None for all samples together.
+        samples: the largest number of samples on each rank.
+        microbatch: the largest number of samples in one graph.
+        seed: the seed of the start of projected ascent where the gradient is zero.
 
     Cost:
-        As :func:`sam_sharpness`, and one more copy of the parameters.
+        That of :func:`sam_sharpness`, and one more copy of the parameters.
 
     Raises:
         ValueError: an argument out of its range, a loss that is not finite, or what an Objective refuses.
@@ -207,26 +214,26 @@ def average_sharpness(
     microbatch: int | None = None,
     seed: int = 0,
 ) -> AverageSharpness:
-    r"""How much the loss grows on average under random offsets.
+    r"""Estimate the mean growth of the loss under random offsets.
 
     .. math:: \mathbb{E}_{e} \, L(w + e) - L(w), \qquad e \sim \mathcal{N}(0, \tfrac{\rho^2}{n} I),
         \qquad \mathbb{E} \lVert e \rVert^2 = \rho^2
 
-    for n weights; to second order :math:`\tfrac{\rho^2}{2n} \operatorname{tr} H`. Offsets are taken in pairs e and -e,
-    which cancels what the gradient alone contributes.
+    for n weights, which to second order is :math:`\tfrac{\rho^2}{2n} \operatorname{tr} H`. Offsets are used in pairs e
+    and -e, which cancels the contribution of the gradient.
 
     Args:
         model: the model, or an Objective.
         loss: see :class:`~composer_sam.diagnostics.objective.Objective`.
         batches: the samples.
-        rho: :math:`\rho > 0`, the offsets' root mean square length.
-        draws: :math:`\ge 2` pairs.
-        samples: at most so many samples on each rank.
-        microbatch: samples per graph.
-        seed: of the offsets.
+        rho: :math:`\rho > 0`, the root mean square length of the offsets, in units of the weights.
+        draws: :math:`\ge 2`, the number of pairs.
+        samples: the largest number of samples on each rank.
+        microbatch: the largest number of samples in one graph.
+        seed: the seed of the offsets.
 
     Cost:
-        2 ``draws`` + 1 forwards; three copies of the parameters.
+        2 ``draws`` + 1 forwards. Memory: that of a forward, and three copies of the parameters.
 
     Raises:
         ValueError: an argument out of its range, a loss that is not finite, or what an Objective refuses.
@@ -273,28 +280,29 @@ def first_order_flatness(
     microbatch: int | None = None,
     seed: int = 0,
 ) -> Flatness:
-    r"""The largest gradient within a radius, times the radius: what GAM minimises besides the loss.
+    r"""Return the largest gradient norm within a radius, times the radius, which GAM minimises besides the loss.
 
     .. math:: R_\rho^{(1)}(w) = \rho \max_{\lVert e \rVert_2 \le \rho} \lVert \nabla L(w + e) \rVert_2
 
-    The factor :math:`\rho` is part of the definition; it bounds :math:`S_\rho(w)` of :func:`sam_sharpness`, and at a
-    minimum it is :math:`\rho^2` times the largest magnitude of an eigenvalue of the Hessian, to second order. The
-    ascent is on the gradient's norm, along :math:`H g / \lVert g \rVert`; its first-order solution is
-    :math:`e = \rho \, H g / \lVert H g \rVert`, which GAM approximates by a difference of gradients.
+    The factor :math:`\rho` is part of the definition. The result is an upper bound of :math:`S_\rho(w)` of
+    :func:`sam_sharpness`; at a minimum it is, to second order, :math:`\rho^2` times the largest absolute eigenvalue of
+    the Hessian. The ascent maximises the gradient norm, whose gradient is :math:`H g / \lVert g \rVert`. Its
+    first-order solution is :math:`e = \rho \, H g / \lVert H g \rVert`, which GAM approximates by a difference of
+    gradients.
 
     Args:
         model: the model, or an Objective.
         loss: see :class:`~composer_sam.diagnostics.objective.Objective`.
         batches: the samples.
-        rho: :math:`\rho > 0`, in the weights' units.
+        rho: :math:`\rho > 0`, in units of the weights.
         ascent: ``'projected'`` or ``'first_order'``, as for :func:`sam_sharpness`.
-        steps: evaluations of projected ascent.
-        samples: at most so many samples on each rank.
-        microbatch: samples per graph.
-        seed: of the start where the gradient, or its product with the Hessian, is zero.
+        steps: :math:`\ge 0`, the number of evaluations of projected ascent.
+        samples: the largest number of samples on each rank.
+        microbatch: the largest number of samples in one graph.
+        seed: the seed of the start where the gradient, or its product with the Hessian, is zero.
 
     Cost:
-        A pass and a Hessian product for each of 2 (``'first_order'``) or ``steps`` + 2 points.
+        A pass and a Hessian product at each of 2 (``'first_order'``) or ``steps`` + 2 points.
 
     Raises:
         ValueError: an argument out of its range, a gradient that is not finite, or what an Objective refuses.
@@ -321,7 +329,7 @@ def first_order_flatness(
             gradient = objective.vector(values)
             length = float(norm(gradient)) if math.isfinite(loss) else loss
             if not length or not math.isfinite(length):
-                return length, objective.zeros()  # the norm has no gradient here
+                return length, objective.zeros()  # the norm is not differentiable here
             return length, objective.hessian_product(scale(gradient, 1 / length).values)
 
     with objective.undisturbed():

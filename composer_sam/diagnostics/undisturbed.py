@@ -1,4 +1,4 @@
-"""Measuring leaves no trace: everything a measurement could change is put back bit for bit."""
+"""Saving and restoring, bit for bit, everything that a measurement could change."""
 
 from __future__ import annotations
 
@@ -17,37 +17,38 @@ from composer_sam.engine.wrappers import broadcast_buffers, replicas
 
 __all__ = ['ModelState', 'RandomState', 'exact_kernels']
 
-# Where every pass starts its streams: a module that draws in evaluation mode too sees the same numbers each time.
+# The seed of the streams in every pass: a module that draws in evaluation mode gets the same numbers each time.
 _SEED = 0
 _BITS = {4: torch.int32, 8: torch.int64}
 
 
 class RandomState:
-    """The global random streams and those of the devices given, as they are now."""
+    """The state of the global random streams and of those of the given devices at construction."""
 
     def __init__(self, devices: set[torch.device]):
         self._streams = RandomStreams(devices)
         self._before = self._streams.read()
 
     def fix(self) -> None:
-        """Start all streams at the same fixed seed."""
+        """Set all streams to a fixed seed."""
         random.seed(_SEED)
         np.random.seed(_SEED)  # noqa: NPY002 (the global stream is what libraries draw from)
-        # Not torch.manual_seed: it also seeds devices whose streams are not kept here.
+        # Not torch.manual_seed: it also seeds devices whose state was not saved.
         torch.default_generator.manual_seed(_SEED)
         for device in self._streams.cuda:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(_SEED)
 
     def restore(self) -> None:
+        """Set all streams to their saved state."""
         self._streams.write(self._before)
 
 
 class ModelState:
-    """A module's weights, buffers, gradients, modes and ``requires_grad`` flags, as they are now.
+    """The weights, buffers, gradients, modes and ``requires_grad`` flags of a module at construction.
 
-    Weights are copied; gradients are not: they are taken out of the parameters (``.grad`` is None) until
-    :meth:`restore` puts the same tensors back, so that nothing can add to them.
+    Weights and buffers are copied. Gradients are not copied: ``.grad`` is None until :meth:`restore` puts the same
+    tensors back, so that no pass adds to them.
     """
 
     @torch.no_grad()
@@ -57,7 +58,7 @@ class ModelState:
             (parameter, parameter.data, parameter.detach().clone(), parameter.grad, parameter.requires_grad)
             for parameter in model.parameters()
         ]
-        # Modules change buffers in either way: what is in the tensor, and which tensor is registered.
+        # A module may change the values of a buffer, or register another tensor in its place.
         self._buffers = [
             (module._buffers, name, buffer, None if buffer is None else buffer.detach().clone())
             for module in model.modules()
@@ -68,13 +69,14 @@ class ModelState:
             parameter.grad = None
 
     def evaluate(self, model: nn.Module) -> None:
-        """Evaluation mode, and under DistributedDataParallel rank 0's buffers on all ranks, as in its forwards."""
+        """Switch to evaluation mode; under DistributedDataParallel copy the buffers of rank 0, as its forward does."""
         if self._ddp is not None:
             broadcast_buffers(self._ddp)
         model.eval()
 
     @torch.no_grad()
     def restore(self) -> None:
+        """Restore everything that was saved."""
         for module, training in self._modes:
             module.training = training
         for buffers, name, buffer, copy in self._buffers:
@@ -90,7 +92,7 @@ class ModelState:
 
 
 def _put_back(tensor: Tensor, copy: Tensor) -> None:
-    """Write only what differs: a write would end every graph the caller still holds on the tensor."""
+    """Copy only if the values differ: a write would invalidate every graph that the caller holds on the tensor."""
     width = _BITS.get(tensor.element_size())
     same = torch.equal(tensor, copy) if width is None else torch.equal(_bits(tensor, width), _bits(copy, width))
     if not same:
@@ -98,13 +100,18 @@ def _put_back(tensor: Tensor, copy: Tensor) -> None:
 
 
 def _bits(tensor: Tensor, width: torch.dtype) -> Tensor:
-    # As numbers -0 equals 0, and NaN does not equal itself.
+    # Compared as numbers, -0 equals 0, and NaN differs from itself.
     return tensor.detach() if tensor.is_complex() else tensor.detach().view(width)
 
 
 @contextlib.contextmanager
 def exact_kernels(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Kernels that compute in the weights' own precision, the same in every pass, and can be differentiated twice."""
+    """Select kernels that compute in the precision of the weights, are deterministic and can be differentiated twice.
+
+    Args:
+        model: its recurrent layers decide whether cuDNN is used.
+        device: the device of the model.
+    """
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     precision = torch.get_float32_matmul_precision()
     fast_attention = torch.backends.mha.get_fastpath_enabled()
@@ -116,10 +123,10 @@ def exact_kernels(model: nn.Module, device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(torch.inference_mode(False))
         if device.type == 'cuda':
-            # cuDNN has no backward of recurrent layers in evaluation mode, and no second one at all.
+            # cuDNN has no backward for recurrent layers in evaluation mode, and no double backward.
             exact: dict[str, Any] = {'benchmark': False, 'deterministic': True, 'allow_tf32': False}
             stack.enter_context(torch.backends.cudnn.flags(enabled=not recurrent, **exact))
         if 'torch._dynamo' in sys.modules:
-            # Compiled graphs cannot be differentiated twice. Where nothing was compiled dynamo is not imported for it.
+            # Compiled graphs cannot be differentiated twice. If dynamo is not imported, nothing was compiled.
             stack.enter_context(torch.compiler.set_stance('force_eager'))
         yield

@@ -1,1 +1,1 @@
-"""Any torch optimizer, stepped with gradients at perturbed weights: torch only, and no trainer known."""
+"""The engine: steps of any torch optimizer with gradients at perturbed weights. It needs torch only, no trainer."""

@@ -1,4 +1,4 @@
-"""How a pass is asked of the closure handed to ``optimizer.step``."""
+"""The closure given to ``optimizer.step``, which the engine calls once per pass."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ class Closure:
         function: the user's closure, called without arguments.
 
     Attributes:
-        checks_gradients: whether somebody has looked at every pass's gradient on all ranks already, so that nobody
-            needs to look again; a loss of None then says that it overflowed.
+        checks_gradients: whether the closure itself checks every pass's gradient on all ranks, so that the engine need
+            not; it then returns None where the gradient overflowed.
     """
 
     checks_gradients = False
 
     def __init__(self, function: Callable[..., Any]):
-        self.function = function if torch.is_grad_enabled() else torch.enable_grad()(function)
+        self.function: Callable[..., Any] = function if torch.is_grad_enabled() else torch.enable_grad()(function)
 
     def __call__(self, request: Pass, index: int) -> Any:
-        """The loss of one pass; None where its gradient overflowed and the step is to be skipped.
+        """Return the loss of one pass, or None if its gradient overflowed and the step must be skipped.
 
         Args:
-            request: what is asked for; the weights are in place.
+            request: the pass to evaluate; the weights are in place.
             index: the number of the pass, from 0.
 
         Raises:
@@ -47,13 +47,15 @@ class Closure:
         return loss
 
     def unsynchronised(self, ddp: DistributedDataParallel) -> AbstractContextManager[None]:
-        """The context in which the closure's backward leaves gradients on their rank."""
+        """Return the context in which the closure's backward does not average gradients over ranks."""
         return ddp.no_sync()
 
 
 def makes_state(groups: list[dict[str, Any]], state: Any) -> bool:
-    """Whether a step without a closure is how torch.distributed.checkpoint makes a fresh optimizer's state: one step
-    with zero gradients at lr 0."""
+    """Return whether a step without a closure only creates a fresh optimizer's state.
+
+    torch.distributed.checkpoint creates the state this way, by one step with zero gradients at lr 0.
+    """
     gradients = [p.grad for group in groups for p in group['params'] if p.grad is not None]
     idle = all(float(group.get('lr', 0.0)) == 0.0 for group in groups)
     return bool(gradients) and idle and not state and not any(bool(g.any()) for g in gradients)

@@ -1,10 +1,10 @@
-"""What a repeated pass must not disturb: random streams, modules' buffers and attributes, and a host's own records.
+"""Controls of state that a repeated pass must not change: random streams, buffers, attributes and a host's records.
 
-A control is made before the first pass and remembers how it found things. The step tells it ``first_pass_done()`` after
-the first pass, ``rewind()`` before each further pass, ``settle()`` when the passes are over and ``rollback()`` when the
-step failed; ``discard()`` instead of ``settle()`` says that the batch is to leave nothing behind but the random numbers
-it drew. So every pass sees the same random numbers and the same buffers, and after the step all is as one ordinary pass
-would have left it, or, after a failure, as if the step had never begun.
+A control is made before the first pass and saves the state. The step calls ``first_pass_done()`` after the first pass,
+``rewind()`` before each further pass, ``settle()`` after the last pass and ``rollback()`` if the step failed. It calls
+``discard()`` instead of ``settle()`` if the batch must leave nothing behind but the random numbers it drew. So every
+pass sees the same random numbers and the same buffers. After the step, the state is as one ordinary pass would have
+left it; after a failure, it is as if the step had never begun.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch._utils import _unflatten_dense_tensors
 
 from composer_sam.engine.streams import RandomStreams
 from composer_sam.engine.wrappers import broadcast_buffers, replicas
+from composer_sam.vectors import multi_tensor
 
 __all__ = [
     'AttributeControl',
@@ -29,7 +29,7 @@ __all__ = [
 
 
 class Control(Protocol):
-    """One kind of state around a step's passes."""
+    """The protocol of a control, which guards one kind of state during the passes of a step."""
 
     def first_pass_done(self) -> None: ...
 
@@ -43,15 +43,15 @@ class Control(Protocol):
 
 
 def end_skipped(controls: Iterable[Control], discard: bool) -> None:
-    """End a step that is skipped: as the first pass left things, or with nothing of the batch but the numbers drawn."""
+    """End a skipped step: keep the state of the first pass, or with ``discard`` only the random numbers it drew."""
     for control in controls:
         control.discard() if discard else control.settle()
 
 
 class RandomControl:
-    """The global random streams; see :class:`~composer_sam.engine.streams.RandomStreams`.
+    """The control of the global random streams; see :class:`~composer_sam.engine.streams.RandomStreams`.
 
-    Generators that a module makes for itself go on between passes.
+    It does not put back generators that a module makes for itself.
     """
 
     def __init__(self, devices: set[torch.device]):
@@ -76,23 +76,24 @@ class RandomControl:
         self._streams.write(self._before)
 
 
-# What is registered in each slot, and all contents: for every device and type its buffers and one copy of them.
+# The tensor registered in each slot; and for every device and data type its buffers and one copy of their contents.
 _Contents: TypeAlias = tuple[list[Tensor | None], list[tuple[list[Tensor], Tensor]]]
 
 
 class BufferControl:
-    """All buffers of a module: BatchNorm statistics and counters of every kind, spectral norms, and any other.
+    """The control of all buffers of a module: BatchNorm statistics, counters, spectral norms and any other.
 
-    Both which tensor is registered and what is in it are put back, because modules change buffers either way.
-    DistributedDataParallel hands rank 0's buffers to all ranks at the first forward after a synchronised backward. That
-    is done here, before the first pass, so that the other passes begin with the same.
+    It puts back both which tensor is registered and what the tensor contains, because modules change buffers in both
+    ways. DistributedDataParallel broadcasts rank 0's buffers at the first forward after a synchronised backward. This
+    class does it before the first pass, so that all passes begin with the same buffers.
     """
 
     def __init__(self, model: nn.Module):
         self._slots = [
-            (module._buffers, name)
+            (buffers, name)
             for module in model.modules()
-            for name, buffer in module._buffers.items()
+            for buffers in [module._buffers]  # pyright: ignore[reportPrivateUsage]
+            for name, buffer in buffers.items()
             if buffer is not None
         ]
         self._found = self._before = self._read()
@@ -113,7 +114,7 @@ class BufferControl:
         if self._after is not None:
             self._write(self._after)
         if self._ddp is not None:
-            # A method that averages itself ends without a synchronised backward, after which nothing is handed out.
+            # A method that averages gradients itself ends without a synchronised backward, so DDP would not broadcast.
             self._ddp.require_forward_param_sync = True
 
     def discard(self) -> None:
@@ -132,7 +133,7 @@ class BufferControl:
         for buffer in registered:
             if buffer is not None:
                 kinds.setdefault((buffer.device, buffer.dtype), []).append(buffer)
-        # One copy per kind: many small ones would cost more than the buffers are worth.
+        # One copy per kind, because many small copies are slow.
         copies = [(members, torch.cat([buffer.reshape(-1) for buffer in members])) for members in kinds.values()]
         return registered, copies
 
@@ -142,14 +143,15 @@ class BufferControl:
         for (buffers, name), buffer in zip(self._slots, registered, strict=True):
             buffers[name] = buffer
         for members, together in copies:
-            torch._foreach_copy_(members, _unflatten_dense_tensors(together, members))
+            parts = multi_tensor.split(together, [m.numel() for m in members])
+            multi_tensor.copy_(members, [part.view(m.shape) for part, m in zip(parts, members, strict=True)])
 
 
 class AttributeControl:
-    """What modules keep of their own forwards in plain attributes: counters, masks they chose, hidden states.
+    """The control of plain attributes that modules set in their forward: counters, masks, hidden states.
 
-    Only modules whose ``forward`` is not torch's own are looked at, and of them attributes that are numbers, words or
-    tensors. A tensor changed in place is not noticed, and neither is what lies in lists and dictionaries.
+    It covers modules whose ``forward`` is not torch's own, and their attributes that are numbers, strings, None or
+    tensors. It does not notice a tensor changed in place, nor changes inside lists and dictionaries.
     """
 
     _KINDS = (bool, int, float, str, type(None), Tensor)
@@ -162,7 +164,7 @@ class AttributeControl:
             {name: value for name, value in attributes.items() if isinstance(value, self._KINDS)}
             for attributes in self._modules
         ]
-        # For every module that changed in the first pass: its attributes, what they were, and what they became.
+        # For every module that changed in the first pass: its attributes, their values before and their values after.
         self._changed: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
 
     def first_pass_done(self) -> None:

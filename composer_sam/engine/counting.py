@@ -1,4 +1,4 @@
-"""What a step of a method takes, counted on its rule."""
+"""The passes and collectives of a method's step, counted by running its rule."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ['Count', 'count']
 
 @dataclass
 class Count:
-    """What one step of a method takes.
+    """The passes and collectives of one step of a method.
 
     Attributes:
-        passes: Forward and backward.
-        synchronised: Those whose gradient is averaged over ranks.
-        averages: Of whole vectors, which the method takes itself.
+        passes: number of forward-backward passes.
+        synchronised: number of passes whose gradient is averaged over ranks.
+        averages: number of whole vectors that the method itself averages over ranks.
     """
 
     passes: int = 0
@@ -33,7 +33,7 @@ class Count:
 
     @property
     def collectives(self) -> int:
-        """Exchanges of gradients under DistributedDataParallel."""
+        """The number of exchanges of gradients under DistributedDataParallel."""
         return self.synchronised + self.averages
 
 
@@ -46,12 +46,12 @@ class _CountingStep(Step):
 
 
 def count(rule: Rule, number: int = 0, make_layout: Callable[[list[nn.Parameter]], Layout] = Layout) -> Count:
-    """Count on the rule itself, by running it on a model of one weight and one bias.
+    """Count the passes and collectives of a rule by running it on a model of one weight and one bias.
 
     Args:
-        rule: The rule.
-        number: How many steps were taken before.
-        make_layout: Makes the layout the rule's sums over shards go through.
+        rule: the rule.
+        number: number of steps taken before.
+        make_layout: makes the layout with which the rule sums over shards.
     """
     model = nn.Linear(1, 1, device='meta').to_empty(device='cpu')  # initialising would draw random numbers
     for parameter in model.parameters():

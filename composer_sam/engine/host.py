@@ -1,4 +1,4 @@
-"""Whoever runs the training loop, as the engine sees it: a trainer, or a loop of your own."""
+"""The host, as the engine sees it: what runs the training loop, a trainer or a loop of your own."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ __all__ = ['Alone', 'Host']
 
 
 class Host(Protocol):
-    """What the engine asks of whoever runs the training loop.
+    """The protocol between the engine and what runs the training loop.
 
     Attributes:
-        steps_by_itself: whether the host calls ``step`` itself, so that nobody calls ``first_step``.
+        steps_by_itself: whether the host calls ``step`` itself, so that ``first_step`` is never called.
     """
 
     steps_by_itself: bool
 
     def check(self, method: Method) -> None:
-        """Raise ValueError for what the method asks and this host cannot tell."""
+        """Raise ValueError if the method needs something that this host cannot provide."""
         ...
 
     def moment(self, steps_taken: int) -> Moment:
-        """When the step that is about to begin happens."""
+        """Return the time of the step that is about to begin."""
         ...
 
     def closure(self, function: Callable[..., Any]) -> Closure:
-        """The closure handed to ``step``, wrapped once, so that a pass can be asked of it."""
+        """Wrap the closure given to ``step``, so that the engine can call it for a pass; called once per step."""
         ...
 
     def controls(self, closure: Closure | None) -> Sequence[Control]:
-        """What of the host's own a repeated pass must not disturb: its metrics and records."""
+        """Return the controls of the host's own state, such as metrics and records."""
         ...
 
     def passes_done(self) -> None:
-        """Called once a step, when its passes are over, also of a step that is skipped."""
+        """Handle the end of a step's passes; called once per step, also for a skipped step."""
         ...
 
     def direction_found(self) -> None:
-        """Called when the direction lies in the parameters' ``.grad``, before the base optimizer steps."""
+        """Handle the direction in the parameters' ``.grad``; called before the base optimizer steps."""
         ...
 
 

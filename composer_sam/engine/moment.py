@@ -1,4 +1,4 @@
-"""When a step happens, as the host of the training loop tells the time."""
+"""The time of a step, as the host of the training loop measures it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ['Count', 'Moment', 'Timestamp']
 
 
 class Count(int):
-    """A number of steps, which also has a trainer's ``.value``."""
+    """A number of steps with a ``.value``, as a trainer's counters have."""
 
     @property
     def value(self) -> int:
@@ -19,32 +19,31 @@ class Count(int):
 
 @dataclass(frozen=True)
 class Timestamp:
-    """What a schedule is called with in a loop of your own: ``timestamp.batch`` steps were taken before this one."""
+    """The argument of a schedule in a loop of your own: ``timestamp.batch`` steps were taken before this one."""
 
     batch: Count
 
 
 @dataclass(frozen=True)
 class Moment:
-    """When a step happens, as its host tells the time; this one is of a loop of your own, which counts steps.
+    """The time of a step. This class is for a loop of your own, which counts steps; a trainer's host extends it.
 
     Args:
-        batch: the number of steps before it.
+        batch: number of steps taken before it.
     """
 
     batch: int
 
     def elapsed(self, unit: str) -> float:
-        """How much of the run is over, in a unit of time strings: ``'ba'`` steps, ``'ep'`` epochs, ``'dur'`` as a part
-        of the whole.
+        """Return how much of the run is over, in steps ``'ba'``, epochs ``'ep'`` or as a part of the run ``'dur'``.
 
         Raises:
-            ValueError: the host cannot tell the time in that unit.
+            ValueError: the host cannot measure time in that unit.
         """
         if unit != 'ba':
-            raise ValueError(f'a loop of your own tells the time in steps (ba), not in {unit!r}')
+            raise ValueError(f'a loop of your own measures time in steps (ba), not in {unit!r}')
         return self.batch
 
     def factor(self, schedule: Callable[[Any], float]) -> float:
-        """A schedule's factor at this moment."""
+        """Return a schedule's factor at this moment."""
         return schedule(Timestamp(Count(self.batch)))

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: noticed, reported once, and skipped where the user wants that."""
+"""The check for losses and gradients that are not finite: it reports the first one, and skips steps if asked to."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from composer_sam.vectors import multi_tensor
 from composer_sam.vectors.layout import largest, local, real, several_processes
 
 __all__ = ['NonFinite']
@@ -19,11 +20,11 @@ log = logging.getLogger(__name__)
 
 
 class NonFinite:
-    """What a step does about a loss or a gradient that is not finite.
+    """The policy of a step for a loss or a gradient that is not finite.
 
-    ``'propagate'``: what the base optimizer alone does, which is to step with it; nobody looks at gradients, and only a
-    loss that is known anyway is looked at. ``'skip'``: every pass's loss and gradient are looked at on all ranks, which
-    takes a read of the gradient, a reduction of one number and waiting for the device.
+    ``'propagate'``: the base optimizer steps with it, as it does alone. Gradients are not checked; a loss is checked
+    only if its value is in CPU memory. ``'skip'``: every pass's loss and gradient are checked on all ranks, which takes
+    a read of the gradient, a reduction of one number and a wait for the device.
     """
 
     def __init__(self, policy: str):
@@ -33,15 +34,15 @@ class NonFinite:
         self._loss: Any = None
 
     def see(self, loss: Any, index: int) -> None:
-        """Note the loss of a pass, and report it if it is not finite and needs no waiting for the device."""
+        """Note the loss of a pass; report it if it is not finite and the check needs no wait for the device."""
         if self.skips:
-            # Without its graph, which would outlive the step.
+            # Detached, because its graph would outlive the step.
             self._loss = loss.detach() if isinstance(loss, Tensor) else loss
         if not self.skips and _known(loss) and not math.isfinite(loss):
             self._report(index, f'the loss is {float(loss)}', 'The base optimizer steps with its gradient')
 
     def found(self, parameters: Sequence[Tensor], index: int) -> bool:
-        """Whether the loss or the gradient of the pass just done is not finite on any rank; reports it if so."""
+        """Return whether the loss or the gradient of the last pass is not finite on any rank, and report it if so."""
         loss, self._loss = self._loss, None
         if not largest(_not_finite(parameters, loss)).item():
             return False
@@ -49,7 +50,7 @@ class NonFinite:
         return True
 
     def _report(self, index: int, what: str, then: str) -> None:
-        # Rank 0 speaks for all: where only another rank saw it, the averaged gradient brings it to rank 0.
+        # Only rank 0 reports: what only another rank saw reaches rank 0 in the averaged gradient.
         if self._reported or (several_processes() and dist.get_rank() != 0):
             return
         self._reported = True
@@ -58,18 +59,18 @@ class NonFinite:
 
 
 def _known(loss: Any) -> bool:
-    """Whether the loss is one number in the CPU's memory."""
+    """Return whether the loss is one number in CPU memory."""
     return isinstance(loss, float) or (isinstance(loss, Tensor) and loss.device.type == 'cpu' and loss.numel() == 1)
 
 
 @torch.no_grad()
 def _not_finite(parameters: Sequence[Tensor], loss: Any) -> Tensor:
-    """1 where a number is not finite on this rank, else 0."""
+    """Return 1 if a number is not finite on this rank, else 0."""
     gradients = [real(p.grad) for p in parameters if p.grad is not None]
-    filled = [gradient for gradient in gradients if gradient.numel()]  # the largest of no numbers is an error
+    filled = [gradient for gradient in gradients if gradient.numel()]  # the maximum of an empty tensor is an error
     device = local(parameters[0]).device
-    # The largest magnitude, unlike a sum or a norm of squares, never overflows by itself.
-    magnitudes = list(torch._foreach_norm(filled, math.inf)) if filled else []
+    # The largest magnitude cannot overflow, unlike a sum or a norm of squares.
+    magnitudes = multi_tensor.norm(filled, math.inf)
     if loss is not None:
         magnitudes.append(torch.as_tensor(loss).detach().abs().max())
     if not magnitudes:

@@ -1,4 +1,4 @@
-"""The optimizer wrapper: any torch optimizer, stepped with a sharpness-aware direction instead of the gradient."""
+"""The optimizer wrapper, which steps any torch optimizer with a sharpness-aware direction instead of the gradient."""
 
 from __future__ import annotations
 
@@ -23,42 +23,42 @@ __all__ = ['SharpnessAwareOptimizer']
 
 
 class SharpnessAwareOptimizer(Stepper, Optimizer):
-    r"""Steps ``base_optimizer`` with the direction that ``method`` finds by gradients at perturbed weights.
+    r"""A wrapper that steps ``base_optimizer`` with the direction of ``method``, from gradients at perturbed weights.
 
-    A step calls the closure once for every pass of the method, each time with the weights moved by an offset, puts the
-    weights back bit for bit, and lets the base optimizer take one ordinary step with the method's direction in place
-    of the gradient. Parameter groups and state *are* the base optimizer's: LR schedulers work on either, and a
-    checkpoint of one is a checkpoint of the other.
+    A step calls the closure once for every pass of the method, each time with the weights moved by an offset. It puts
+    the weights back bit for bit, and lets the base optimizer take one ordinary step with the method's direction in
+    place of the gradient. Parameter groups and state *are* the base optimizer's: LR schedulers work with either object,
+    and a checkpoint of one is a checkpoint of the other.
 
-    A step is a transaction. Whatever is raised in any pass (out of memory, Ctrl-C) leaves weights, module buffers,
-    random streams, optimizer state and counters as they were before, gradients none, and the same batch can be stepped
+    A step is a transaction. An exception in any pass (out of memory, Ctrl-C) leaves weights, module buffers, random
+    streams, optimizer state and counters as they were before the step, and no gradients; the same batch can be stepped
     again. A step that the method's ``interval``, ``start`` or ``end`` exclude is the base optimizer's own step, at its
     cost and with its behaviour.
 
     Args:
-        base_optimizer: any optimizer of dense gradients. A group may set hyper-parameters of the method for itself:
-            ``SGD([{'params': a}, {'params': b, 'rho': 0.1}], lr=0.1)``; a key the base optimizer declares too
-            (Adadelta's ``rho``) is the base optimizer's.
+        base_optimizer: any optimizer of dense gradients. A group may set its own hyper-parameters of the method:
+            ``SGD([{'params': a}, {'params': b, 'rho': 0.1}], lr=0.1)``; a key that the base optimizer also has
+            (Adadelta's ``rho``) sets the base optimizer's.
         method: the rule, for example ``SAM(rho=0.05)``.
         model: the module being trained. With it, buffers (BatchNorm statistics) are updated by the first pass only,
             DistributedDataParallel leaves the first pass unsynchronised, and FSDP's shards are counted once. Random
             streams are replayed with or without it.
         grad_scaler: for fp16 in a loop of your own. You scale every loss with it and call its ``update()`` after the
-            step; the wrapper unscales every pass's gradient, and where one overflows on any rank it skips the step on
-            all of them.
-        host: who runs the training loop, given by the integrations of trainers; None for a loop of your own.
+            step. The wrapper unscales every pass's gradient; if one overflows on any rank, it skips the step on all
+            ranks.
+        host: what runs the training loop; trainer integrations pass it. None for a loop of your own.
 
     Attributes:
-        steps_taken (int): steps so far, for ``interval``. It is not part of the base optimizer's state: when you resume
-            a loop of your own, set it to the number of steps taken. Under a Trainer its timestamp counts instead.
-        steps_perturbed (int): how many steps the method has perturbed since the wrapper was made.
+        steps_taken (int): number of steps so far, for ``interval``. It is not part of the base optimizer's state: when
+            you resume a loop of your own, set it. Under a Trainer, the trainer's timestamp counts instead.
+        steps_perturbed (int): number of steps that the method has perturbed since the wrapper was made.
         skipped (bool): whether the last step was skipped, because a gradient overflowed or was not finite.
-        observer: called on every perturbed step with the plain gradient at w and what replaces it, averaged over ranks;
-            see :func:`composer_sam.diagnostics.gradient_geometry`. None costs nothing.
+        observer: called on every perturbed step with the plain gradient at w and the direction that replaces it,
+            averaged over ranks; see :func:`composer_sam.diagnostics.gradient_geometry`. None costs nothing.
 
     Raises:
-        TypeError: ``base_optimizer`` is no torch optimizer or ``method`` no method.
-        ValueError: the optimizer is wrapped already, calls its closure several times per step (LBFGS), a group sets a
+        TypeError: ``base_optimizer`` is not a torch optimizer, or ``method`` is not a method.
+        ValueError: the optimizer is wrapped already or calls its closure several times per step (LBFGS), a group sets a
             hyper-parameter out of its range, or ``start``/``end`` need a Trainer.
 
     Example:
@@ -75,9 +75,9 @@ class SharpnessAwareOptimizer(Stepper, Optimizer):
         >>> loss = optimizer.step(closure)
     """
 
-    # fused optimizers unscale inside their step, which a step of several passes cannot leave to them
+    # fused optimizers unscale inside their step, but a step of several passes must unscale every pass
     _step_supports_amp_scaling = False
-    # asked by Composer before it hands over a closure at amp_fp16
+    # Composer reads this before it passes a closure at amp_fp16
     _step_supports_amp_closure = True
 
     def __new__(cls, base_optimizer: Optimizer, *args: Any, **kwargs: Any) -> SharpnessAwareOptimizer:
@@ -103,7 +103,7 @@ class SharpnessAwareOptimizer(Stepper, Optimizer):
                 'unnoticed. Use bfloat16 or float32'
             )
         self.resolved(self.moment())  # a group's hyper-parameter out of range is reported now
-        self._two_calls = TwoCalls(self)  # last: it hooks into the model, which a refused optimizer must not
+        self._two_calls = TwoCalls(self)  # last: it adds a hook to the model, which a refused optimizer must not do
 
     # Shared with the base optimizer.
 
@@ -132,7 +132,7 @@ class SharpnessAwareOptimizer(Stepper, Optimizer):
         self.base_optimizer.add_param_group(param_group)
 
     def __getattr__(self, name: str) -> Any:
-        # Hooks, ``fused``, a library optimizer's own methods; only asked for what the wrapper itself does not have.
+        # Called only for names that the wrapper lacks: hooks, ``fused``, a library optimizer's own methods.
         if name == 'base_optimizer':
             raise AttributeError(name)
         return getattr(self.base_optimizer, name)
@@ -141,33 +141,33 @@ class SharpnessAwareOptimizer(Stepper, Optimizer):
         return f'SharpnessAwareOptimizer({self.method!r}, {self.base_optimizer!r})'
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, and a trainer cannot be copied.
+        # The class is made at run time, and the host may be a trainer, which cannot be copied.
         return _rebuild, (self.base_optimizer, self.method, self.model, self.grad_scaler, self.steps_taken)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharpnessAwareOptimizer:
         rebuild, arguments = self.__reduce_ex__(2)
         return rebuild(*copy.deepcopy(arguments, memo))
 
-    # The step: in one closure, in a loop over its passes, or in two calls.
+    # The step: by a closure, by a loop over passes, or by two calls.
 
     def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Take one step.
 
         Args:
-            closure: zeroes the gradients, computes the loss, calls backward and returns the loss; called once a pass.
+            closure: zeroes the gradients, computes the loss, calls backward and returns the loss; called once per pass.
 
         Returns:
-            The first pass's loss, the loss at w; ``None`` where the step was skipped.
+            The loss of the first pass, at w; ``None`` if the step was skipped.
 
         Raises:
-            ValueError: no closure, a closure that returns no loss, or a sparse gradient.
+            ValueError: there is no closure, the closure returns no loss, or a gradient is sparse.
         """
         if closure is None:
             return self._step_without_closure()
         called = self.host.closure(closure)
         self._two_calls.stop_watching()
         first_loss: Any = None
-        # Closed explicitly: the traceback of an error would keep the passes, and with them the perturbation, alive.
+        # Closed explicitly: the traceback of an error would keep the generator alive and the weights perturbed.
         with contextlib.closing(self.run(called)) as passes:
             for index, request in enumerate(passes):
                 loss = called(request, index)
@@ -180,10 +180,10 @@ class SharpnessAwareOptimizer(Stepper, Optimizer):
         return None if self.skipped else first_loss
 
     def passes(self) -> Iterator[int]:
-        """Take one step in a loop: one round per pass, with as many backward calls (micro-batches) in it as you like.
+        """Take one step in a loop: one iteration per pass, with any number of backward calls (micro-batches) in it.
 
-        The step is taken when the loop ends by itself. Leaving it early, or an exception inside it, takes everything
-        back. Do not keep the iterator: it is the ``for`` statement that closes it.
+        The step is taken when the loop ends normally. Leaving the loop early, or an exception inside it, undoes the
+        step. Do not keep a reference to the iterator: it closes when the ``for`` statement drops it.
 
         Yields:
             The number of the pass, from 0.
@@ -204,39 +204,39 @@ class SharpnessAwareOptimizer(Stepper, Optimizer):
                 yield index
 
     def first_step(self, zero_grad: bool = False) -> None:
-        """After the first backward of a two-pass method: move the weights to where the second gradient is taken.
+        """Perturb the weights for the second pass; call it after the first backward of a two-pass method.
 
         The classic order is backward, ``first_step``, backward, ``second_step``. Prefer :meth:`passes`: between these
         two calls the weights are perturbed, and an exception there needs :meth:`abandon_step`. On a step that
-        ``interval``, ``start`` or ``end`` exclude the weights stay, and the second gradient is not used.
+        ``interval``, ``start`` or ``end`` exclude, the weights stay at w and the second gradient is not used.
 
-        With ``model`` given, dropout masks and buffers of the second forward are those of the first. Under
-        DistributedDataParallel the first gradient is as your backward left it: synchronised, unless you called it under
+        If ``model`` was given, the second forward sees the dropout masks and buffers of the first. Under
+        DistributedDataParallel the first gradient is averaged over ranks, unless you called its backward under
         ``model.no_sync()``.
 
         Args:
-            zero_grad: True leaves no gradient behind; False leaves the first one in ``.grad``, a copy, which you zero
+            zero_grad: True leaves no gradient; False leaves a copy of the first gradient in ``.grad``, which you zero
                 before the second backward.
 
         Raises:
-            ValueError: the method has not two passes, ``second_step`` or a backward was missed.
+            ValueError: the method does not have two passes, or ``second_step`` or a backward was missed.
         """
         self._two_calls.first(zero_grad)
 
     def second_step(self, zero_grad: bool = False) -> None:
-        """After the second backward: put the weights back and let the base optimizer step with the direction.
+        """Put the weights back and step the base optimizer with the direction; call it after the second backward.
 
         Args:
-            zero_grad: True leaves no gradient behind; False leaves the direction in ``.grad``.
+            zero_grad: True leaves no gradient; False leaves the direction in ``.grad``.
 
         Raises:
-            ValueError: ``first_step`` or the second backward was missed; after a missed backward everything is as
-                before ``first_step``.
+            ValueError: ``first_step`` or the second backward was missed; after a missed backward the state is as before
+                ``first_step``.
         """
         self._two_calls.second(zero_grad)
 
     def abandon_step(self) -> None:
-        """Take back a step that ``first_step`` began; does nothing where none was."""
+        """Undo a step that ``first_step`` began; do nothing if there is none."""
         self._two_calls.abandon()
 
     def _step_without_closure(self) -> None:
@@ -251,10 +251,10 @@ class SharpnessAwareOptimizer(Stepper, Optimizer):
 
 @functools.cache
 def _named_like(base: type[Optimizer]) -> type[SharpnessAwareOptimizer]:
-    """A wrapper class with the base optimizer's name.
+    """Return a wrapper class with the base optimizer's name.
 
-    Composer stores an optimizer's state under its class's ``__qualname__`` and drops what it finds under another name.
-    A wrapper of the same name is what makes checkpoints load with the algorithm and without it.
+    Composer stores an optimizer's state under its class's ``__qualname__`` and drops state under another name. Because
+    the names are equal, checkpoints load with and without the algorithm.
     """
     return type(base.__name__, (SharpnessAwareOptimizer,), {'__qualname__': base.__qualname__, '__doc__': base.__doc__})
 
@@ -278,6 +278,6 @@ def _check(base_optimizer: Any, method: Any) -> None:
     closure = inspect.signature(base_optimizer.step).parameters.get('closure')
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(
-            f'{type(base_optimizer).__name__} evaluates its closure several times per step, at weights of its own '
-            'choice, and cannot take a direction from a sharpness-aware method'
+            f'{type(base_optimizer).__name__} evaluates its closure several times per step, at weights that it '
+            'chooses, and cannot take a direction from a sharpness-aware method'
         )

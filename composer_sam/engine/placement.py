@@ -1,14 +1,14 @@
-"""Moves the weights to w + offset for one pass, and back to w bit for bit.
+"""The placement of the weights at w + offset for one pass, and back at w bit for bit.
 
-Two ways with the same bits. *Exchange*: ``w + offset`` is written into the offset's own memory and the parameter is
-pointed at it; restoring points it back, and nothing is copied. *Copy*: ``w`` is saved, the offset added in place, and
-``w`` copied back; the parameter's address never changes. Exchange is used for ordinary parameters on the CPU, where
-memory traffic is the cost. Everything else is copied: DTensors (they ignore an assignment to ``.data``), the flat
-parameters and views of FSDP1, parameters that share storage, and accelerators, where a captured CUDA graph goes on
+There are two ways, which give the same bits. *Exchange* writes ``w + offset`` into the offset's memory and points the
+parameter at it; restoring points it back and copies nothing. *Copy* saves ``w``, adds the offset in place, and copies
+``w`` back; the parameter's address never changes. Exchange is used for ordinary parameters on the CPU, where memory
+traffic is the cost. Copy is used for everything else: DTensors (they ignore an assignment to ``.data``), the flat
+parameters and views of FSDP1, parameters that share storage, and accelerators, where a captured CUDA graph keeps
 reading the old address.
 
-Never is the offset subtracted again: ``(w + e) - e`` is not ``w`` in floating point, and ranks with different ``e``
-drift apart.
+The offset is never subtracted: ``(w + e) - e`` is not ``w`` in floating point, and ranks with different ``e`` drift
+apart.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from composer_sam.engine.wrappers import fsdp1_flattened
-from composer_sam.vectors import Layout, Vector
+from composer_sam.vectors import Layout, Vector, multi_tensor
 from composer_sam.vectors.layout import real
 
 __all__ = ['Placement', 'exchangeable']
@@ -26,7 +26,7 @@ _PLAIN = (nn.Parameter, Tensor)
 
 
 def exchangeable(parameter: Tensor) -> bool:
-    """Whether pointing the parameter at other memory is safe: it must be the only user of its storage."""
+    """Return whether the parameter may be pointed at other memory: it must be the only user of its storage."""
     return (
         type(parameter) in _PLAIN
         and parameter.device.type == 'cpu'
@@ -39,11 +39,11 @@ def exchangeable(parameter: Tensor) -> bool:
 
 
 class Placement:
-    """The weights of one step: at w, or at w + offset for the length of a pass.
+    """The weights of one step: at w, or at w + offset during a pass.
 
     Args:
         layout: the trainable parameters, in the vectors' order.
-        exchange: point parameters at other memory where that is safe; False copies always.
+        exchange: point parameters at other memory where that is safe; False always copies.
     """
 
     def __init__(self, layout: Layout, exchange: bool = True):
@@ -55,7 +55,7 @@ class Placement:
 
     @torch.no_grad()
     def place(self, offset: Vector) -> None:
-        """Put the weights at w + offset. A donated offset's memory is used up."""
+        """Put the weights at w + offset. If the offset is donated, its memory is overwritten."""
         exchanged: list[tuple[Tensor, Tensor]] = []
         copied: list[tuple[Tensor, Tensor]] = []
         values, factor, free = offset.take()
@@ -70,42 +70,42 @@ class Placement:
             originals = [parameter.data for parameter in parameters]
             places = offsets if free else [torch.empty_like(value) for value in offsets]
             _sum(originals, offsets, factor, out=places)
-            # Noted before the first parameter moves, so that restore() is right wherever an interrupt falls.
+            # Noted before the first parameter moves, so that restore() is correct after an interrupt at any point.
             self._exchanged = list(zip(parameters, originals, strict=True))
             for parameter, place in zip(parameters, places, strict=True):
                 parameter.data = place
         if copied:
             targets, offsets = [target for target, _ in copied], [value for _, value in copied]
             copies = [torch.empty_like(target) for target in targets]
-            torch._foreach_copy_(copies, targets)
+            multi_tensor.copy_(copies, targets)
             self._saved = list(zip(targets, copies, strict=True))
             _sum(targets, offsets, factor, out=targets)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the weights back to w; does nothing where they are at w already, and may be called twice."""
+        """Put the weights back to w; do nothing if they are there already, so it may be called twice."""
         for parameter, original in self._exchanged:
             parameter.data = original
         self._exchanged = []
         if self._saved:
-            torch._foreach_copy_([target for target, _ in self._saved], [copy for _, copy in self._saved])
-            # Saved again for the next pass: between passes the memory is the method's.
+            multi_tensor.copy_([target for target, _ in self._saved], [copy for _, copy in self._saved])
+            # The next pass saves again: between passes the method may use the memory.
             self._saved = []
 
 
 def _own_storage(parameters: tuple[Tensor, ...]) -> bool:
-    """False where two parameters lie in the same storage: an exchange would untie them for the pass."""
+    """Return False if two parameters share a storage: an exchange would untie them for the pass."""
     addresses = [p.data_ptr() for p in parameters if type(p) in _PLAIN and p.device.type == 'cpu' and p.numel()]
     return len(addresses) == len(set(addresses))
 
 
 def _sum(weights: list[Tensor], offsets: list[Tensor], factor: float, out: list[Tensor]) -> None:
-    """``out = weights + factor * offsets``; ``out`` may be the memory of either.
+    """Write ``weights + factor * offsets`` to ``out``, which may be the memory of either.
 
-    Both ways of placing come here and call the same kernels, so their bits are the same.
+    Both ways of placing call this function and so the same kernels: their bits are the same.
     """
     if out is weights:
-        torch._foreach_add_(out, offsets, alpha=factor)
+        multi_tensor.add_(out, offsets, factor)
     else:
         for weight, offset, place in zip(weights, offsets, out, strict=True):
             torch.add(weight, offset, alpha=factor, out=place)

@@ -1,4 +1,4 @@
-"""What a method says to the engine: the passes it asks for, the direction it finds, and which steps it takes."""
+"""The interface of a method to the engine: the passes it requests, its direction, and the steps it perturbs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Pass:
     """A method's request for one forward-backward over the batch.
 
     Args:
-        at: absolute offset from the weights w; ``None`` is w itself. Its memory is used up where it was donated.
-        sync: False leaves the gradient of this rank's samples unaveraged, where the model's wrapper can do that
+        at: absolute offset from the weights w; ``None`` is w itself. If it is donated, its memory is overwritten.
+        sync: False does not average the gradient over ranks, if the model's wrapper can do that
             (DistributedDataParallel); with one process and under FSDP it makes no difference.
-        graph: the gradient is asked for with its graph, to be differentiated again. The closure must call
+        graph: keep the gradient's graph, so that it can be differentiated again. The closure must call
             ``backward(create_graph=True)``.
     """
 
@@ -38,12 +38,12 @@ PLAIN = Pass()
 
 @dataclass(frozen=True)
 class Direction:
-    """What a method makes of its gradients.
+    """The result of a method's rule.
 
     Args:
-        gradients: handed to the base optimizer in place of the plain gradient.
-        decoupled: applied after the base optimizer's step as w <- w - lr * decoupled, with each group's current lr and
-            nothing else of the base optimizer.
+        gradients: passed to the base optimizer in place of the plain gradient.
+        decoupled: applied after the base optimizer's step as w <- w - lr * decoupled, with each group's current lr; the
+            base optimizer does not see it.
     """
 
     gradients: Vector
@@ -51,24 +51,24 @@ class Direction:
 
 
 Passes: TypeAlias = Generator[Pass, Vector, Direction]
-# Shown the plain gradient and the direction that replaces it.
+# Called with the plain gradient and the direction that replaces it.
 Observer: TypeAlias = Callable[[Vector, Vector], object]
-# What a step does about a loss or a gradient that is not finite.
+# The policy for a loss or a gradient that is not finite.
 OnNonfinite: TypeAlias = Literal['propagate', 'skip']
 
 
 class Rule(Protocol):
-    """An update rule, as one step needs it."""
+    """The protocol of an update rule, with its hyper-parameters as they are at one step."""
 
     parameters: Selection | None
 
     def direction(self, step: Step) -> Passes:
-        """Yield a :class:`Pass` and be sent its gradient, any number of times; return a :class:`Direction`."""
+        """Yield any number of :class:`Pass`, receive the gradient of each, and return a :class:`Direction`."""
         ...
 
 
 class PlainRule:
-    """The base optimizer's own step as a rule: one pass, and its gradient as it is."""
+    """The base optimizer's own step as a rule: one pass, whose gradient is the direction."""
 
     parameters: Selection | None = None
 
@@ -78,15 +78,15 @@ class PlainRule:
 
 
 class Method(ABC):
-    """A method, as the optimizer needs it: a rule, the steps it perturbs, and what it does about non-finite numbers.
+    """A method as the optimizer sees it: a rule, the steps it perturbs, and its policy for non-finite numbers.
 
     Attributes:
         parameters: which parameters are perturbed; None for all.
-        on_nonfinite: what a step does about a loss or a gradient that is not finite.
-        takes_every_step: whether the steps that are not perturbed go through :meth:`direction` too. Otherwise they are
-            the base optimizer's own.
+        on_nonfinite: the policy for a loss or a gradient that is not finite.
+        takes_every_step: whether steps that are not perturbed also go through :meth:`direction`. Otherwise the base
+            optimizer takes them alone.
         backwards_create_graph: whether the backward must be differentiable.
-        passes: forward-backward passes of a perturbed step.
+        passes: number of forward-backward passes of a perturbed step.
         sync_first_pass: whether the first pass's gradient is averaged over ranks.
     """
 
@@ -105,33 +105,35 @@ class Method(ABC):
 
     @abstractmethod
     def direction(self, step: Step) -> Passes:
-        """The update rule: yields a :class:`Pass` and is sent its gradient, any number of times; returns a
-        :class:`Direction`. It sees vectors only, never parameters, gradients or the base optimizer."""
+        """Yield any number of :class:`Pass`, receive the gradient of each, and return a :class:`Direction`.
+
+        The update rule sees vectors only, never parameters, gradients or the base optimizer.
+        """
 
     @abstractmethod
     def perturbs(self, moment: Moment) -> bool:
-        """Whether the step at ``moment`` is perturbed."""
+        """Return whether the step at ``moment`` is perturbed."""
 
     @abstractmethod
     def resolved(self, moment: Moment, groups: Sequence[tuple[dict[str, Any], int]]) -> Rule:
-        """The rule with every hyper-parameter as it is at one step.
+        """Return the rule with every hyper-parameter as it is at one step.
 
         Args:
-            moment: when the step happens.
-            groups: for each parameter group the values it sets for itself and its number of trainable parameters.
+            moment: the time of the step.
+            groups: for each parameter group, its own values and its number of trainable parameters.
         """
 
     @abstractmethod
     def check_alone(self) -> None:
-        """Raise ValueError for what only a trainer can tell, such as the part of the run that is over."""
+        """Raise ValueError if the method needs what only a trainer knows, such as the part of the run that is over."""
 
     @abstractmethod
     def check_run(self, run: str, part: Callable[[float, str], float | None]) -> None:
         """Check the steps to perturb against the length of a run, before it begins.
 
         Args:
-            run: the run's length in words.
-            part: the part of the run that is over when so many of a unit are; None where nobody can tell.
+            run: the run's length, as text for messages.
+            part: returns the part of the run that a number of units makes up, or None if it is unknown.
 
         Raises:
             ValueError: no step of the run can be perturbed.

@@ -1,4 +1,4 @@
-"""Gradient scaling for fp16 where one step has several passes: every pass's gradient is unscaled and looked at."""
+"""Gradient scaling for fp16 in steps of several passes: every pass's gradient is unscaled and checked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ['finite', 'unscale']
 
 
 def unscale(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
-    """Unscale the gradients of one pass; False where one of them is not finite, on any rank."""
+    """Unscale the gradients of one pass; return False if one of them is not finite on any rank."""
     if not scaler.is_enabled():
         return True
     scaler.unscale_(optimizer)
@@ -21,10 +21,10 @@ def unscale(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
 
 
 def finite(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
-    """Whether the gradients of the pass just unscaled are finite on all ranks; one reduction of one number.
+    """Return whether the gradients just unscaled are finite on all ranks, by one reduction of one number.
 
-    All passes of a step use the same scale, because it changes only in ``scaler.update()``. A step that ends with an
-    overflow is noted in the scaler, so that ``update()`` backs off once.
+    All passes of a step use the same scale, because only ``scaler.update()`` changes it. The scaler notes a step that
+    ends with an overflow, so that ``update()`` lowers the scale once.
     """
     record = _record(scaler, optimizer)
     found = record['found_inf_per_device']
@@ -39,7 +39,7 @@ def finite(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
 
 
 def _record(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> dict[str, Any]:
-    """What the scaler keeps of the optimizer, ready for a further pass of the same step.
+    """Return the scaler's record of the optimizer, made ready for a further pass of the same step.
 
     torch's scaler expects one backward per update, and has no public way to unscale a second one.
     """
@@ -49,8 +49,8 @@ def _record(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> dict[str, Any
         record = scaler._per_optimizer_states[id(optimizer)]  # pyright: ignore[reportPrivateUsage]
     except (AttributeError, ImportError) as error:
         raise RuntimeError(
-            f"torch {torch.__version__}'s GradScaler is kept differently from the versions this release of "
-            f'composer_sam was tested with ({error}): use a torch version named in the README, or bfloat16'
+            f"torch {torch.__version__}'s GradScaler differs from those that this release of composer_sam was tested "
+            f'with ({error}): use a torch version named in the README, or bfloat16'
         ) from error
     record['stage'] = OptState.READY
     return record

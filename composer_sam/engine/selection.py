@@ -1,4 +1,4 @@
-"""Which parameters a method perturbs, and what they are called."""
+"""The selection of the parameters that a method perturbs, and the names of parameters."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ['Selection', 'check_selection', 'names_of', 'select']
 # A regular expression, the word 'normalization', or a predicate of name and parameter.
 Selection: TypeAlias = str | Callable[[str, Tensor], bool]
 
-# torch has no common base class of its normalisation layers but for BatchNorm and InstanceNorm.
+# Of torch's normalisation layers only BatchNorm and InstanceNorm have a common base class.
 _NORMALIZATION = re.compile(r'(Batch|Layer|Group|Instance|RMS)Norm|LocalResponseNorm')
 
 
 def check_selection(selection: object) -> None:
-    """Raise ValueError for what cannot choose parameters."""
+    """Raise ValueError if ``selection`` cannot choose parameters."""
     if isinstance(selection, str):
         try:
             re.compile(selection)
@@ -32,10 +32,10 @@ def check_selection(selection: object) -> None:
 
 
 def names_of(parameters: Sequence[Tensor], model: nn.Module | None, wanted_by: str) -> list[str]:
-    """The parameters' names in the model.
+    """Return the parameters' names in the model.
 
     Raises:
-        ValueError: there is no model, or FSDP1 has flattened parameters into one that has no name of its own.
+        ValueError: there is no model, or FSDP1 has flattened parameters into one without a name.
     """
     if model is None:
         raise ValueError(f'{wanted_by} needs the names of parameters: pass model= to SharpnessAwareOptimizer')
@@ -43,17 +43,17 @@ def names_of(parameters: Sequence[Tensor], model: nn.Module | None, wanted_by: s
     names = [known.get(id(parameter)) for parameter in parameters]
     if any(name is None or name.split('.')[-1] == '_flat_param' for name in names):
         raise ValueError(
-            f'{wanted_by} needs the names of parameters, but some are not in the model under a name of their own: '
+            f'{wanted_by} needs the names of parameters, but some have no name in the model: '
             'pass the model that is trained, and wrap it with use_orig_params=True under FullyShardedDataParallel'
         )
     return [name for name in names if name is not None]
 
 
 def select(selection: Selection, parameters: Sequence[Tensor], model: nn.Module | None) -> list[int]:
-    """The places of the parameters that ``selection`` chooses.
+    """Return the indices of the parameters that ``selection`` chooses.
 
     Raises:
-        ValueError: it chooses none, or names are not known.
+        ValueError: it chooses no parameter, or the names are unknown.
     """
     names = names_of(parameters, model, f'parameters={selection!r}')
     if selection == 'normalization' and model is not None:

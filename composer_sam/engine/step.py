@@ -1,4 +1,4 @@
-"""What a rule may ask for while it computes its direction."""
+"""The step as a rule sees it: what the rule may use to compute its direction."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from composer_sam.engine.selection import Selection, names_of, select
-from composer_sam.engine.wrappers import replicas
+from composer_sam.engine.wrappers import group_of, replicas
 from composer_sam.vectors import Layout, Number, Vector, add, restrict, to_radius
 from composer_sam.vectors.layout import average, real
 
 __all__ = ['MEMORY_PREFIX', 'Step']
 
-# A method's memory lies beside the base optimizer's own state, under keys no optimizer uses.
+# A method's memory is in the base optimizer's state, under keys that no optimizer uses.
 MEMORY_PREFIX = 'sharpness_aware.'
 
 
@@ -26,14 +26,14 @@ class Step:
 
     Args:
         layout: the trainable parameters, in the optimizer's order, and their shards.
-        state: the base optimizer's state, where the method's memory lies.
-        model: the module, for its names and its replicas.
-        number: how many steps were taken before.
+        state: the base optimizer's state, which also holds the method's memory.
+        model: the module, for parameter names and for averages over replicas.
+        number: number of steps taken before.
         selection: which parameters may be perturbed; None for all.
 
     Attributes:
-        number (int): how many steps were taken before.
-        staged (dict[str, Vector]): what is to be the method's memory from the next step on, a vector per name.
+        number (int): number of steps taken before.
+        staged (dict[str, Vector]): the method's memory from the next step on, one vector per name.
     """
 
     def __init__(
@@ -53,49 +53,52 @@ class Step:
 
     @functools.cached_property
     def memory(self) -> dict[str, Vector]:
-        """What the method staged in the last step that was taken."""
+        """The vectors that the method staged in the last step that was taken."""
         found: dict[str, tuple[list[Tensor], list[int]]] = {}
         for place, parameter in enumerate(self.layout.parameters):
             for key, value in self.state.get(parameter, {}).items():
-                if isinstance(key, str) and key.startswith(MEMORY_PREFIX):  # other optimizers may use any keys
+                if str(key).startswith(MEMORY_PREFIX):  # an optimizer may use keys that are not strings
                     values, where = found.setdefault(key.removeprefix(MEMORY_PREFIX), ([], []))
                     values.append(real(value))
                     where.append(place)
         return {name: Vector(values, where, self.layout) for name, (values, where) in found.items()}
 
     def offset(self, x: Vector, rho: Number, epsilon: Number, metric: Vector | None = None) -> Vector:
-        """:func:`~composer_sam.vectors.to_radius` on the parameters that may be perturbed.
+        """Return :func:`~composer_sam.vectors.to_radius` of ``x`` on the parameters that may be perturbed.
 
-        The others stay at w, and neither they nor their gradients count in the radius.
+        The other parameters stay at w; they and their gradients do not count in the radius.
         """
         return to_radius(self.selected(x), rho, epsilon, metric)
 
     def selected(self, x: Vector) -> Vector:
-        """``x`` on the parameters that may be perturbed."""
+        """Return ``x`` on the parameters that may be perturbed."""
         return x if self._selected is None else restrict(x, self._selected)
 
     def weights(self, at: Vector | None = None) -> Vector:
-        """The weights w, or w + at. They are read, never written."""
+        """Return the weights w, or w + at. They may be read, never written."""
         parameters = self.layout.parameters
         w = Vector([real(parameter.detach()) for parameter in parameters], range(len(parameters)), self.layout)
         return w if at is None else add(at, w)
 
     def names(self, wanted_by: str) -> list[str]:
-        """The parameters' names in the model; ValueError where there are none, saying who wants them."""
+        """Return the parameters' names in the model; if there are none, raise ValueError that names ``wanted_by``."""
         return names_of(self.layout.parameters, self.model, wanted_by)
 
     def mean(self, x: Vector) -> Vector:
-        """The average over ranks of what was computed from unsynchronised gradients, in one coalesced collective.
+        """Return the average over ranks of a vector from unsynchronised gradients, by one coalesced collective.
 
-        ``x`` itself where gradients are never unsynchronised: with one process, and under FSDP.
+        Return ``x`` unchanged where gradients are never unsynchronised: with one process, and under FSDP.
         """
         ddp = replicas(self.model)
-        if ddp is None or dist.get_world_size(ddp.process_group) == 1:
+        if ddp is None:
             return x.like(x.values)
-        return Vector(*average(x.values, x.where, self.layout, ddp.process_group), self.layout)
+        group = group_of(ddp)
+        if dist.get_world_size(group) == 1:
+            return x.like(x.values)
+        return Vector(*average(x.values, x.where, self.layout, group), self.layout)
 
     def hessian_product(self, gradient: Vector, v: Vector) -> tuple[Vector, Vector]:
-        """The gradient of a pass with ``graph=True`` without its graph, and the Hessian's product with ``v``.
+        """Return the gradient of a pass with ``graph=True``, without its graph, and the Hessian's product with ``v``.
 
         Raises:
             ValueError: the gradient has no graph, or the model cannot be differentiated twice.
@@ -109,8 +112,8 @@ class Step:
             raise ValueError('no gradient can be differentiated again: call loss.backward(create_graph=True)')
         outputs, directions = zip(*rows, strict=True)
         try:
-            products = torch.autograd.grad(outputs, parameters, directions, allow_unused=True)
+            products = torch.autograd.grad(outputs, parameters, directions, materialize_grads=True)
         except RuntimeError as error:
             raise ValueError(f'the model cannot be differentiated twice: {error}') from error
-        found = [torch.zeros_like(p) if h is None else h for p, h in zip(parameters, products, strict=True)]
-        return gradient.like([g.detach() for g in gradient.values]), gradient.like([h.detach() for h in found])
+        plain, product = ([tensor.detach() for tensor in tensors] for tensors in (gradient.values, products))
+        return gradient.like(plain), gradient.like(product)

@@ -1,4 +1,4 @@
-"""What takes one step, whoever asks for it: a closure, a loop over passes, or two calls."""
+"""The code that takes one step, for a closure, a loop over passes, or two calls."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ __all__ = ['Stepper']
 
 
 class Stepper:
-    """A base optimizer, a method, and what one step of both takes.
+    """A base optimizer and a method, and the code that takes one step with them.
 
-    The arguments and attributes are those of :class:`~composer_sam.SharpnessAwareOptimizer`, its one subclass.
+    The arguments and attributes are those of :class:`~composer_sam.SharpnessAwareOptimizer`, its only subclass.
     """
 
     def __init__(
@@ -54,29 +54,29 @@ class Stepper:
 
     @property
     def pass_index(self) -> int:
-        """The number, from 0, of the pass under way; -1 outside a perturbed step."""
+        """The number of the current pass, from 0; -1 outside a perturbed step."""
         return -1 if self._transaction is None else self._transaction.index
 
     def moment(self) -> Moment:
-        """When the next step happens."""
+        """Return the time of the next step."""
         return self.host.moment(self.steps_taken)
 
     def trainable(self) -> list[Tensor]:
-        """The parameters that a step changes, in the optimizer's order."""
+        """Return the parameters that a step changes, in the optimizer's order."""
         return [p for group in self.base_optimizer.param_groups for p in group['params'] if p.requires_grad]
 
     def controls(self, closure: Closure | None = None) -> Sequence[Control]:
-        """What the passes of the next step must not disturb, as it is now."""
+        """Save the state that the passes of the next step must not change, and return its controls."""
         devices = {parameter.device for parameter in self._current_layout().parameters}
         modules = () if self.model is None else (BufferControl(self.model), AttributeControl(self.model))
         return (RandomControl(devices), *modules, *self.host.controls(closure))
 
     def run(self, closure: Closure | None = None, controls: Sequence[Control] = ()) -> Generator[Pass, None, None]:
-        """The passes of one step; the step is taken when they are exhausted and undone when they are closed before.
+        """Yield the passes of one step; take the step after the last one, or undo it if the generator is closed before.
 
         Args:
-            closure: what the passes are asked of; None where the caller's own loop evaluates them.
-            controls: what the passes must not disturb, where it was noted before; empty for as it is now.
+            closure: evaluates the passes; None if the caller's loop evaluates them.
+            controls: controls that were made before; empty to make them now.
         """
         if self._transaction is not None:
             raise ValueError('a step is already under way: its loop over passes() was neither finished nor left')
@@ -113,14 +113,14 @@ class Stepper:
                 self._transaction = None
 
     def skip(self) -> None:
-        """End the step that is under way without an update."""
+        """End the current step without an update."""
         self.skipped = True
         if self._transaction is not None:
             self._transaction.skip(discard=self._nonfinite.skips)
             self.host.passes_done()
 
     def resolved(self, moment: Moment) -> Rule:
-        """The method with its hyper-parameters as they are at one step, groups' own values among them."""
+        """Return the method with its hyper-parameters as they are at one step, including the groups' own values."""
         defaults = self.base_optimizer.defaults
         groups = [
             ({k: v for k, v in group.items() if k not in defaults}, sum(p.requires_grad for p in group['params']))
@@ -147,10 +147,10 @@ class Stepper:
 
     def _count_step(self) -> None:
         self.steps_taken += 1
-        self._opt_called = True  # torch's LR schedulers look for it, and have wrapped ``step`` only
+        self._opt_called = True  # torch's LR schedulers check it, but wrap only ``step``
 
     def _unsynchronised(self, request: Pass, closure: Closure | None) -> contextlib.AbstractContextManager[Any]:
-        """The context that leaves a pass's gradient on its rank, if it is to."""
+        """Return the context in which a pass's gradient is not averaged over ranks, if the pass asks for that."""
         ddp = None if request.sync else replicas(self.model)
         if ddp is None:
             return contextlib.nullcontext()
@@ -160,14 +160,14 @@ class Stepper:
         return self.grad_scaler is not None and not unscale(self.grad_scaler, self.base_optimizer)
 
     def _is_nonfinite(self, transaction: Transaction, closure: Closure | None) -> bool:
-        """Whether what is in ``.grad`` is something ``on_nonfinite='skip'`` does not step with."""
+        """Return whether ``on_nonfinite='skip'`` must skip the step because of the loss or ``.grad``."""
         scaled = self.grad_scaler is not None or (closure is not None and closure.checks_gradients)
         if not self._nonfinite.skips or scaled:
             return False
         return self._nonfinite.found(transaction.layout.parameters, transaction.index)
 
     def _current_layout(self) -> Layout:
-        """The layout, made anew when parameters were added, frozen or replaced, or the model was."""
+        """Return the layout, made again after parameters were added, frozen or replaced, or the model was replaced."""
         parameters = self.trainable()
         key = (id(self.model), *map(id, parameters))
         if self._layout is None or self._layout[0] != key:

@@ -1,4 +1,4 @@
-"""The global random streams: read, and put back."""
+"""The global random streams, which can be read and put back."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ['RandomStreams']
 
 
 class RandomStreams:
-    """The streams of Python, NumPy, torch's CPU and the accelerators among the devices given.
+    """The random streams of Python, NumPy, torch's CPU and the accelerators among the devices given.
 
-    Generators a module makes for itself (``torch.Generator()``) are not known here.
+    Generators that a module makes for itself (``torch.Generator()``) are not included.
     """
 
     def __init__(self, devices: set[torch.device]):
@@ -22,17 +22,17 @@ class RandomStreams:
         self._mps = any(device.type == 'mps' for device in devices)
 
     def read(self) -> tuple[Any, ...]:
-        """Where the streams are."""
+        """Return the states of the streams."""
         return (
             random.getstate(),
-            np.random.get_state(),  # noqa: NPY002 (the global stream is what libraries draw from)
+            np.random.get_state(legacy=False),  # noqa: NPY002 (the global stream is what libraries draw from)
             torch.get_rng_state(),
             [torch.cuda.get_rng_state(device) for device in self.cuda],
             torch.mps.get_rng_state() if self._mps else None,
         )
 
     def write(self, places: tuple[Any, ...]) -> None:
-        """Put the streams back to where they were when ``places`` was read."""
+        """Put the streams back to the states ``places``, which :meth:`read` returned."""
         python, numpy, cpu, cuda, mps = places
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002

@@ -1,4 +1,4 @@
-"""One optimizer step as a transaction: the passes a rule asks for, at weights put back bit for bit."""
+"""One optimizer step as a transaction: it runs a rule's passes and puts the weights back bit for bit."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ __all__ = ['Transaction']
 class Transaction:
     """One step of one rule: runs its passes, and undoes everything if any of them fails.
 
-    Used as a context manager: leaving it before ``commit`` puts weights, buffers, random streams and gradients back as
-    they were when it was made.
+    Use it as a context manager: leaving it before ``commit`` or ``skip`` puts weights, buffers and random streams back
+    as they were when it was made, and leaves no gradients.
 
     Args:
-        rule: the update rule, its hyper-parameters as they are at this step.
-        step: what the rule is given to compute with.
+        rule: the update rule, with its hyper-parameters as they are at this step.
+        step: the step as the rule sees it.
         exchange: see :class:`~composer_sam.engine.placement.Placement`.
 
     Attributes:
-        index (int): the number, from 0, of the pass under way; -1 before the first.
-        observer: shown the plain gradient and the direction, once both are known.
+        index (int): number of the current pass, from 0; -1 before the first.
+        observer: called with the plain gradient and the direction, once both are known.
     """
 
     def __init__(self, rule: Rule, step: Step, exchange: bool = True):
@@ -59,15 +59,15 @@ class Transaction:
         self._open = True
 
     def guard(self, controls: Sequence[Control]) -> None:
-        """Say what the passes must not disturb; from now on the step answers for putting it back."""
+        """Set the controls of the state that the passes must not change; the transaction puts it back from now on."""
         self._controls = controls
 
     def passes(self) -> Iterator[Pass]:
-        """The rule's passes one after the other, the weights in place for each.
+        """Yield the rule's passes one after the other, with the weights in place for each.
 
         The body of the loop must leave the pass's gradient in the parameters' ``.grad``.
         """
-        self._drop_gradients()  # a gradient from before the step is not one of its passes'
+        self._drop_gradients()  # a gradient from before the step belongs to no pass
         while (request := self._advance()) is not None:
             self.index += 1
             if self.index > 0:
@@ -79,7 +79,7 @@ class Transaction:
                 request = replace(request, sync=True)
             if request.at is not None:
                 self._placement.place(request.at)
-                # Let go of the offset: where w + offset was copied its memory is free during the pass.
+                # Drop the offset: if w + offset was copied, the offset's memory is free during the pass.
                 request = replace(request, at=None)
             yield request
             if self.index == 0:
@@ -103,32 +103,32 @@ class Transaction:
 
     @torch.no_grad()
     def apply_decoupled(self, groups: list[dict[str, Any]]) -> None:
-        """Apply what the direction keeps from the base optimizer, after its step."""
+        """Apply the decoupled part of the direction, after the base optimizer's step."""
         decoupled = self._found().decoupled
         if decoupled is None:
             return
         lr = {parameter: group['lr'] for group in groups for parameter in group['params']}
         rates = PerParameter(lr[parameter] for parameter in self.layout.parameters)
         moved = decoupled.like([real(self.layout.parameters[where]) for where in decoupled.where])
-        add(moved.donate(), scale(decoupled.donate(), each(lambda rate: -rate, rates)))
+        add(moved.donate(), scale(decoupled.donate(), each(_negative, rates)))
 
     def commit(self) -> None:
-        """The base optimizer has stepped: what the method staged becomes its memory, and nothing is undone any more."""
+        """Make the staged vectors the method's memory and end the transaction, after the base optimizer's step."""
         for name, vector in self._step.staged.items():
             for parameter, value in self._entries(vector):
                 self._step.state[parameter][MEMORY_PREFIX + name] = value
         for parameter, groups in zip(self.layout.parameters, self.layout.groups, strict=True):
             if fsdp1_unsharded(parameter, groups):
-                # Unsharded (NO_SHARD), FSDP1's next forward fails at a gradient in memory that is not its own.
+                # With NO_SHARD, FSDP1's next forward fails if a gradient is in memory that FSDP1 did not allocate.
                 parameter.grad = None
         self._close()
 
     def skip(self, discard: bool) -> None:
-        """End the step without an update, the weights at w and the random streams where the first pass left them.
+        """End the step without an update, with the weights at w and the random streams as the first pass left them.
 
         Args:
-            discard: put the buffers back too, so that statistics hold nothing of the batch; False leaves them to the
-                first pass, as an ordinary step does whose scaled gradient overflowed.
+            discard: put the buffers back too, so that statistics do not include the batch; False keeps the buffers of
+                the first pass, as an ordinary step does if its scaled gradient overflows.
         """
         self._placement.restore()
         self._drop_gradients()
@@ -136,7 +136,7 @@ class Transaction:
         self._close()
 
     def rollback(self) -> None:
-        """End the step as if it had not begun."""
+        """Undo the step, as if it had not begun."""
         try:
             to_rest(self._step.model)
         finally:
@@ -153,7 +153,7 @@ class Transaction:
         if self._open:
             self.rollback()
 
-    # How it does it.
+    # Private parts.
 
     def _close(self) -> None:
         self._open = False
@@ -162,7 +162,7 @@ class Transaction:
 
     @torch.no_grad()
     def _advance(self) -> Pass | None:
-        """Let the rule compute until it asks for its next pass (None: it has returned its direction)."""
+        """Run the rule up to its next pass and return the pass; None if the rule has returned its direction."""
         gradient, self._gradient = self._gradient, None
         try:
             return next(self._rule) if gradient is None else self._rule.send(gradient)
@@ -175,8 +175,9 @@ class Transaction:
             parameter.grad = None
 
     def _take_gradient(self, graph: bool) -> Vector:
-        """Take the gradients out of the parameters, so that nobody adds to them or zeroes them in place."""
-        values, where = [], []
+        """Take the gradients out of the parameters, so that nothing adds to them or zeroes them in place."""
+        values: list[Tensor] = []
+        where: list[int] = []
         for place, parameter in enumerate(self.layout.parameters):
             gradient = parameter.grad
             if gradient is None:
@@ -202,24 +203,24 @@ class Transaction:
 
     @torch.no_grad()
     def _kept(self, gradient: Vector, synchronised: bool) -> Vector:
-        """A copy of the first gradient, which the method may use up, averaged over ranks."""
+        """Return a copy of the first gradient, averaged over ranks; the method may overwrite the original."""
         copied = gradient.like([value.detach().clone() for value in gradient.values])
         return copied if synchronised else self._step.mean(copied)
 
     @torch.no_grad()
     def _whole_direction(self) -> Vector:
-        """What replaces the gradient, with the part that goes past the base optimizer."""
+        """Return the direction including its decoupled part."""
         direction = self._found()
         return direction.gradients if direction.decoupled is None else add(direction.gradients, direction.decoupled)
 
     def _check_twice_differentiable(self) -> None:
-        """Raise ValueError before a pass whose gradient could not be differentiated again."""
+        """Raise ValueError if the gradient of the next pass cannot be differentiated again."""
         flattened = any(fsdp1_flattened(parameter) for parameter in self.layout.parameters)
         if self.layout.sharded or flattened or not self.layout.plain:
             raise ValueError('second derivatives of sharded (FSDP) or complex parameters are not supported')
 
     def _check_memory(self, values: list[Tensor], where: list[int]) -> None:
-        """Raise ValueError where a pass left no gradient, or one in memory that something else is in."""
+        """Raise ValueError if a pass left no gradient, or left it in memory that is in use already."""
         if not values:
             if self.layout.parameters and not self.layout.sharded:
                 raise ValueError('no parameter has a gradient after the pass: the closure must call backward()')
@@ -232,7 +233,7 @@ class Transaction:
                 'two passes left their gradients in the same memory, as a captured CUDA graph does: put copies into '
                 '.grad, for example parameter.grad = static_gradient.clone()'
             )
-        # An object of its own: alive as long as the method holds the gradient, whoever else holds its memory.
+        # A new tensor object, which lives only as long as the method holds the gradient.
         values[0] = values[0].view_as(values[0])
         self._last = weakref.ref(values[0])
 
@@ -242,8 +243,12 @@ class Transaction:
         return self._direction
 
     def _entries(self, vector: Vector) -> list[tuple[Tensor, Tensor]]:
-        """Parameters and the vector's tensors, these in the form the base optimizer expects."""
+        """Return pairs of a parameter and its tensor of the vector, in the form that the base optimizer expects."""
         pairs = zip(vector.values, vector.where, strict=True)
         return [
             (self.layout.parameters[where], shaped_like(self.layout.parameters[where], value)) for value, where in pairs
         ]
+
+
+def _negative(rate: float) -> float:
+    return -rate

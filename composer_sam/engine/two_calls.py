@@ -1,4 +1,4 @@
-"""The classic idiom for people without a closure: backward, ``first_step``, backward, ``second_step``."""
+"""The classic interface without a closure: backward, ``first_step``, backward, ``second_step``."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ __all__ = ['TwoCalls']
 
 
 class TwoCalls:
-    """Drives an optimizer's passes from two calls.
+    """The passes of an optimizer, driven by two calls.
 
-    The first forward is over when ``first`` is called, too late to note the random streams and buffers it began with.
-    So the model is watched: the first forward in training mode after a step notes them.
+    The first forward is over when ``first`` is called: it is too late to save the random streams and buffers it began
+    with. So a hook on the model saves them before the first forward in training mode after a step.
     """
 
     def __init__(self, optimizer: Stepper):
         self._optimizer = weakref.proxy(optimizer)
         self._passes: Any = None
         self._plain: list[tuple[Tensor, Tensor]] | None = None
-        # A plain or a skipped step needs no second pass: what the user's second forward draws and counts is taken back.
+        # A plain or a skipped step needs no second pass: the effects of the user's second forward are undone.
         self._idle_controls: Sequence[Control] = ()
         self._pending = False
         self._watch = None
@@ -39,11 +39,11 @@ class TwoCalls:
         if self._pending:
             raise ValueError(
                 'second_step() is missing: the order is backward, first_step, backward, second_step '
-                '(abandon_step() takes a begun step back)'
+                '(abandon_step() undoes a step that was begun)'
             )
 
     def stop_watching(self) -> None:
-        """For optimizers stepped by a closure or a loop, which need no watch."""
+        """Remove the hook, which an optimizer stepped by a closure or a loop does not need."""
         self.check_none_pending()
         if self._watch is not None:
             self._watch.remove()
@@ -117,7 +117,7 @@ class TwoCalls:
         self._rearm()
 
     def _end(self) -> Any:
-        """Hold nothing of the step any more, and return its passes."""
+        """Drop all references to the step and return its passes."""
         passes, self._passes, self._plain, self._idle_controls = self._passes, None, None, ()
         self._pending = False
         return passes
@@ -134,9 +134,9 @@ class TwoCalls:
 
 
 class _Watch:
-    """A forward pre-hook that notes how the first forward of a step finds random streams and buffers.
+    """A forward pre-hook that saves random streams and buffers before the first forward of a step.
 
-    Copied or pickled with its module it becomes inert: it belongs to one optimizer.
+    It belongs to one optimizer: a copy or a pickle of the hook, made with its module, does nothing.
     """
 
     def __init__(self, optimizer: Stepper | None = None):

@@ -1,19 +1,20 @@
-"""What the engine must know of torch's model wrappers (DistributedDataParallel, FSDP1, FSDP2).
+"""The engine's access to torch's model wrappers (DistributedDataParallel, FSDP1, FSDP2).
 
-Everything private to them is touched in this file alone, and looked up when it is needed: a release of torch that
-renames something breaks no import, and where the name is used the error says which one is gone.
+Only this file uses their private names, and it looks them up when it needs them. If a torch release renames one, every
+import still works, and the error at the place of use says which name is missing.
 """
 
 # pyright: reportPrivateUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
 # The private parts of torch's wrappers have no types.
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,7 @@ __all__ = [
     'broadcast_buffers',
     'fsdp1_flattened',
     'fsdp1_unsharded',
+    'group_of',
     'layout_of',
     'must_synchronise',
     'own_memory',
@@ -40,19 +42,24 @@ __all__ = [
 ]
 
 
-# What torch's wrappers are, and how they spread parameters.
+# Which wrapper a model has, and how it spreads parameters over ranks.
 
 
 def replicas(model: nn.Module | None) -> DistributedDataParallel | None:
-    """The model, if it is DistributedDataParallel: the one wrapper that can leave gradients unsynchronised."""
+    """Return the model if it is DistributedDataParallel, the only wrapper that can leave gradients unsynchronised."""
     return model if isinstance(model, DistributedDataParallel) else None
 
 
-def must_synchronise(model: nn.Module | None) -> bool:
-    """Whether the next pass cannot be left unsynchronised.
+def group_of(ddp: DistributedDataParallel) -> dist.ProcessGroup:
+    """Return the process group of the ranks that hold replicas."""
+    return cast(dist.ProcessGroup, ddp.process_group)
 
-    That is the first pass of all under DistributedDataParallel with ``static_graph=True``, from which it learns the
-    graph.
+
+def must_synchronise(model: nn.Module | None) -> bool:
+    """Return whether the next pass cannot be left unsynchronised.
+
+    This holds for the very first pass under DistributedDataParallel with ``static_graph=True``, which learns the graph
+    from it.
     """
     ddp = replicas(model)
     if ddp is None or not ddp.static_graph:
@@ -62,7 +69,7 @@ def must_synchronise(model: nn.Module | None) -> bool:
 
 
 def always_synchronises(model: nn.Module | None) -> bool:
-    """Whether gradients cannot be left on their ranks at all, because the model is sharded over several."""
+    """Return whether gradients are always averaged over ranks, because the model is sharded over several ranks."""
     fsdp = _fsdp()
     if model is None or fsdp is None or not several_processes() or dist.get_world_size() == 1:
         return False
@@ -70,17 +77,17 @@ def always_synchronises(model: nn.Module | None) -> bool:
 
 
 def fsdp1_flattened(parameter: Tensor) -> bool:
-    """Whether FSDP1 has made the parameter a view of a flat one, or a flat one itself."""
+    """Return whether FSDP1 has made the parameter a view of a flat parameter, or a flat parameter itself."""
     return hasattr(parameter, '_fsdp_flattened')
 
 
 def fsdp1_unsharded(parameter: Tensor, groups: Groups) -> bool:
-    """Whether FSDP1 manages the parameter without sharding it (NO_SHARD)."""
+    """Return whether FSDP1 manages the parameter without sharding it (NO_SHARD)."""
     return not groups and fsdp1_flattened(parameter)
 
 
 def layout_of(parameters: Sequence[Tensor], model: nn.Module | None = None) -> Layout:
-    """The layout of parameters as torch's wrappers have spread them.
+    """Return the layout of parameters as torch's wrappers have spread them.
 
     Args:
         parameters: the parameters in the optimizer's order.
@@ -88,7 +95,7 @@ def layout_of(parameters: Sequence[Tensor], model: nn.Module | None = None) -> L
             ranks that hold the other shards.
 
     Raises:
-        ValueError: flattened parameters without a model, or a tensor-parallel layout whose gradients are partial sums.
+        ValueError: parameters are flattened and there is no model, or a tensor-parallel layout has partial sums.
     """
     if not several_processes():
         return Layout(parameters)
@@ -111,10 +118,10 @@ def layout_of(parameters: Sequence[Tensor], model: nn.Module | None = None) -> L
 
 
 def placed_like(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient spread over ranks as its parameter is.
+    """Return the gradient spread over ranks as its parameter is.
 
-    Tensor parallelism leaves parts of a sum where every rank has the parameter but saw some of the samples only, and
-    base optimizers would add them up as well.
+    With tensor parallelism, every rank may have the whole parameter but only a partial sum of its gradient, from some
+    of the samples. Base optimizers would also add up these parts.
     """
     if is_dtensor(parameter) and is_dtensor(gradient) and gradient.placements != parameter.placements:
         return gradient.redistribute(placements=parameter.placements)
@@ -122,10 +129,10 @@ def placed_like(parameter: Tensor, gradient: Tensor) -> Tensor:
 
 
 def own_memory(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """The gradient in memory that no later pass writes to.
+    """Return the gradient in memory that no later pass writes to.
 
-    With ``gradient_as_bucket_view`` DistributedDataParallel hands out views of its buckets, and fills these again in
-    the next pass. FSDP's gradients are views as well, but of memory made anew in every backward.
+    With ``gradient_as_bucket_view`` DistributedDataParallel returns views of its buckets, and fills the buckets again
+    in the next pass. FSDP's gradients are also views, but of memory that every backward allocates.
     """
     if is_dtensor(parameter) or fsdp1_flattened(parameter):
         return gradient
@@ -133,11 +140,11 @@ def own_memory(gradient: Tensor, parameter: Tensor) -> Tensor:
     return gradient if alone else gradient.clone()
 
 
-# What the engine asks of them.
+# What the engine makes the wrappers do.
 
 
 def broadcast_buffers(ddp: DistributedDataParallel) -> bool:
-    """Hand rank 0's buffers to all ranks, where the next forward would; whether it would."""
+    """Broadcast rank 0's buffers to all ranks if the next forward would do so; return whether it would."""
     with _private('the buffers of DistributedDataParallel'):
         if not ddp.will_sync_module_buffers():
             return False
@@ -146,12 +153,12 @@ def broadcast_buffers(ddp: DistributedDataParallel) -> bool:
 
 
 def to_rest(model: nn.Module | None) -> None:
-    """Bring a distributed model back to rest after a pass that was cut short; no collectives.
+    """Reset a distributed model after an interrupted pass, without collectives.
 
     An exception leaves FSDP in the middle of its forward or backward: modules keep their gathered weights, which the
-    next forward would use instead of gathering the restored ones, and the end of the next backward is not noticed.
-    DistributedDataParallel stays ready to synchronise: the next backward would, also of a pass to be left
-    unsynchronised, and on this rank only where the other ranks' forwards had not begun.
+    next forward would use instead of gathering the restored ones, and FSDP does not notice the end of the next
+    backward. DistributedDataParallel stays ready to synchronise: the next backward would synchronise even if its pass
+    must not, and would do so only on this rank if the forwards of the other ranks had not begun.
     """
     ddp = replicas(model)
     if ddp is not None:
@@ -168,18 +175,18 @@ def to_rest(model: nn.Module | None) -> None:
         _fsdp2_to_rest(module, fsdp.FSDPModule)
 
 
-# How it is done.
+# Private parts.
 
 
 def _fsdp() -> ModuleType | None:
-    """torch's FSDP, if it is in use: importing it takes longer than the rest of torch, and nobody wraps without it."""
+    """Return torch's FSDP module if it is imported. A wrapped model has imported it, and importing it here is slow."""
     module = sys.modules.get('torch.distributed.fsdp')
     return module if module is not None and hasattr(module, 'FullyShardedDataParallel') else None
 
 
 @contextlib.contextmanager
-def _private(what: str) -> Iterator[None]:
-    """Say what is missing where torch has renamed something private."""
+def _private(what: str) -> Generator[None]:
+    """Raise an error that says what is missing if torch has renamed a private name."""
     try:
         yield
     except (AttributeError, ImportError) as error:
@@ -190,29 +197,31 @@ def _private(what: str) -> Iterator[None]:
 
 
 def _outermost(module: nn.Module, kind: type) -> list[Any]:
-    """The modules of a kind that lie in no other of that kind."""
+    """Return the modules of a kind that are inside no other module of that kind."""
     if isinstance(module, kind):
         return [module]
     return [found for child in module.children() for found in _outermost(child, kind)]
 
 
 def _fsdp1_to_rest(root: FullyShardedDataParallel) -> None:
-    # Composer repairs FSDP1 in the same way when it tries a batch again.
+    # Composer resets FSDP1 in the same way when it retries a batch.
     with _private('the runtime state of FullyShardedDataParallel'):
         from torch.distributed.fsdp._runtime_utils import _post_backward_final_callback, _reshard
 
         for state in root._all_fsdp_states:
             if state._handle is not None:
-                # SHARD_GRAD_OP keeps what it gathered from the forward to the backward, also where it looks resharded
+                # SHARD_GRAD_OP keeps the gathered weights from the forward to the backward, even if it looks resharded
                 _reshard(state, state._handle, free_unsharded_flat_param=state._handle.uses_sharded_strategy)
         _post_backward_final_callback(root, root)
 
 
 def _fsdp2_to_rest(root: Any, kind: type) -> None:
-    if hasattr(root, 'reset_iter_state'):  # public since torch 2.13
-        root.reset_iter_state()
-        return
     with _private('the runtime state of fully_shard'):
+        if root._get_fsdp_state()._is_root is None:
+            return  # no forward has begun, so nothing is under way
+        if hasattr(root, 'reset_iter_state'):  # public in newer versions of torch
+            root.reset_iter_state()
+            return
         for module in root.modules():
             if not isinstance(module, kind):
                 continue
@@ -229,7 +238,7 @@ def _fsdp2_to_rest(root: Any, kind: type) -> None:
 
 
 def _fsdp1_groups(model: nn.Module | None) -> dict[int, Groups]:
-    """For every parameter that FSDP1 manages, by its id, the ranks that hold the other shards."""
+    """Return, for every parameter that FSDP1 manages, by its id, the process groups that hold the other shards."""
     groups: dict[int, Groups] = {}
     fsdp = _fsdp()
     if model is None or fsdp is None:

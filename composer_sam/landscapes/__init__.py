@@ -1,1 +1,1 @@
-"""The loss over lines and planes of weights: computed on a grid, stored, and drawn."""
+"""The loss on lines and planes through weight space: evaluated on a grid, stored, and drawn."""

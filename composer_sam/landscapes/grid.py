@@ -1,20 +1,15 @@
-"""Evaluates a loss on a grid of weights: row by row, over processes, and on from where a killed run stopped."""
+"""The loss on a grid of weights: evaluated row by row, in several processes, and resumed after a kill."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
-import multiprocessing
-import multiprocessing.connection
 import os
-import pickle
-import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +22,14 @@ from composer_sam.diagnostics.objective import Loss, Objective
 from composer_sam.diagnostics.samples import on
 from composer_sam.landscapes.storage import Landscape, LandscapeError, Rows
 from composer_sam.landscapes.subspaces import Subspace
+from composer_sam.processes import Raised, Sent, run_tasks
 
 __all__ = ['evaluate', 'measuring', 'one_thread']
 
 Measure = Callable[[dict[str, Tensor]], tuple[float, float]]  # from weights by name to loss and accuracy
+Row = tuple[int, np.ndarray]  # the index of a row, and its losses and accuracies
 
-_PROCESSES_FROM = 20.0  # seconds left from which further processes, which take a few to start, pay
+_PROCESSES_FROM = 20.0  # expected seconds from which starting further processes, a few seconds' work, is worth it
 
 
 def evaluate(
@@ -49,29 +46,29 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda done, of: None,
     recalibrate: bool = False,
 ) -> Landscape:
-    """Evaluates the mean loss, and the accuracy of a classifier, at every point of a grid.
+    """Evaluate the mean loss, and the accuracy of a classifier, at every point of a grid.
 
-    Every point is computed on one thread, so the result does not depend on the number of processes, bit for bit. The
-    model is left as it was, bit for bit.
+    Every point is computed on one thread, so that the result is the same, bit for bit, for any number of processes.
+    The model is left as it was, bit for bit.
 
     Args:
-        subspace: Turns coordinates into weights.
-        model: As for :class:`composer_sam.diagnostics.objective.Objective`, like ``loss`` and ``batches``. To be sent
-            to other processes all three must be picklable.
+        subspace: turns coordinates into weights.
+        model: as for :class:`composer_sam.diagnostics.objective.Objective`, like ``loss`` and ``batches``. With several
+            processes all three must be picklable.
         loss: None for a Composer model.
-        batches: All samples of them are used.
-        coordinates: One ascending array per axis. To those of a line the marks' are added.
-        label: What the landscape is called.
-        about: What is kept with it. A stored landscape is gone on with only if this is the same.
-        path: Where to store every row as it is finished, and to go on from; nothing is stored without it.
-        jobs: Processes; by default one, or one per core once one alone turns out to need long.
-        progress: Called with the number of finished rows and that of all.
-        recalibrate: Whether BatchNorm's running statistics are at every point those of the samples there, instead of
-            what the subspace says; costs a second forward.
+        batches: the samples; all of them are used.
+        coordinates: one ascending array per axis. The coordinates of the marks are added to those of a line.
+        label: the name of the landscape.
+        about: stored with the landscape. A stored landscape is resumed only if it is equal.
+        path: every finished row is stored in this file, and a file that exists is resumed; nothing is stored if None.
+        jobs: the number of processes. If None, one, and one per core when the first rows show that one takes long.
+        progress: called with the number of finished rows and the number of all rows.
+        recalibrate: compute BatchNorm's running statistics from the samples at every point, instead of taking them
+            from the subspace; costs a second forward.
 
     Raises:
-        LandscapeError: If there is no grid, or ``path`` holds another landscape.
-        RuntimeError: If a process ended without a result.
+        LandscapeError: there is no grid, or ``path`` holds another landscape.
+        RuntimeError: a process ended without a result.
     """
     if len(coordinates) != len(subspace.axes) or any(axis.size == 0 for axis in coordinates):
         sizes = ' x '.join(str(axis.size) for axis in coordinates)
@@ -94,13 +91,13 @@ def evaluate(
                     rows.save(path)
                 progress(int(rows.done.sum()), len(rows.done))
     if path is not None:
-        rows.save(path)  # where nothing was left to do the label may be new
+        rows.save(path)  # where every row was stored already the label can be new
     return rows.landscape
 
 
 @dataclass(frozen=True)
 class _Task:
-    """All a process needs to evaluate a row."""
+    """Everything a process needs to evaluate a row."""
 
     subspace: Subspace
     model: nn.Module
@@ -113,7 +110,7 @@ class _Task:
         return measuring(self.model, self.loss, self.batches, self.recalibrate)
 
     def row(self, index: int, measure: Measure) -> np.ndarray:
-        """Losses and accuracies of a row of a plane, or of a point of a line."""
+        """Return the losses and accuracies of a row of a plane, or of a point of a line."""
         if len(self.coordinates) == 1:
             points = [(float(self.coordinates[0][index]),)]
         else:
@@ -125,26 +122,27 @@ class _Task:
 def measuring(
     model: nn.Module, loss: Loss | None, batches: Sequence[Any], recalibrate: bool = False
 ) -> Iterator[Measure]:
-    """Inside, a function from weights by name, those that change, to loss and accuracy (not a number if unknown).
+    """Give a function from weights by name to loss and accuracy; at the end restore the model, bit for bit.
 
-    At the end the model is as it was before, bit for bit. The arguments are those of :func:`evaluate`.
+    Weights that are left out keep the values they have. An accuracy that is not known is not a number. The arguments
+    are those of :func:`evaluate`.
     """
-    hits = _Hits()
-    counted = None if loss is None else hits.counting(loss)
+    accuracy = _Accuracy()
+    counted = None if loss is None else accuracy.counting(loss)
     objective = Objective(model, counted, batches)
-    hook = model.register_forward_hook(hits.hook) if loss is None else None
+    hook = model.register_forward_hook(accuracy.hook) if loss is None else None
     places = dict([*model.named_parameters(), *model.named_buffers()])
 
     def measure(weights: dict[str, Tensor]) -> tuple[float, float]:
         for name, value in weights.items():
             if isinstance(places[name], nn.Parameter):
-                places[name].data = value  # points at it; nothing is copied
+                places[name].data = value  # a reference, not a copy
             else:
                 places[name].copy_(value)
         if recalibrate:
             _gather_statistics(model, [batch if loss is None else batch[0] for batch in batches], objective.device)
-        hits.restart()
-        return objective.value(), hits.fraction
+        accuracy.restart()
+        return objective.value(), accuracy.fraction
 
     try:
         with objective.undisturbed(), torch.no_grad():
@@ -155,13 +153,13 @@ def measuring(
 
 
 def _gather_statistics(model: nn.Module, inputs: Sequence[Any], device: torch.device) -> None:
-    """Makes BatchNorm's running statistics the mean of those of the batches."""
+    """Set BatchNorm's running statistics to the mean of the statistics of the batches."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     try:
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # a mean over all batches, each with the same weight
+            norm.momentum = None  # the mean over all batches, with equal weights
             norm.train()
         for batch in inputs if norms else ():
             model(on(batch, device))
@@ -171,8 +169,11 @@ def _gather_statistics(model: nn.Module, inputs: Sequence[Any], device: torch.de
             norm.eval()
 
 
-class _Hits:
-    """Counts the samples whose largest output is that of their class, where outputs and targets are of that kind."""
+class _Accuracy:
+    """Counts the samples whose largest output is that of their class.
+
+    Only two-dimensional outputs with one class per sample as their target are counted.
+    """
 
     def __init__(self) -> None:
         self.restart()
@@ -205,84 +206,47 @@ class _Hits:
             self.total += len(targets)
 
 
-def _finished(task: _Task, rows: list[int], jobs: int | None) -> Generator[tuple[int, np.ndarray]]:
-    """The rows as they are finished, by this process or by several others."""
-    may_spread = jobs is None and _cores() > 1 and all(tensor.is_cpu for tensor in task.subspace.tensors())
+def _finished(task: _Task, rows: list[int], jobs: int | None) -> Generator[Row]:
+    """Yield the rows as they are finished, by this process or by several others."""
+    spreads = jobs is None and _cores() > 1 and all(tensor.is_cpu for tensor in task.subspace.tensors())
     if jobs is None or min(jobs, len(rows)) <= 1:
-        start = time.perf_counter()
+        done, start = 0, time.perf_counter()
         with task.measuring() as measure:
-            for done, index in enumerate(rows):
-                seconds_left = (time.perf_counter() - start) / max(done, 1) * (len(rows) - done)
-                if may_spread and done and seconds_left > _PROCESSES_FROM:
-                    break
-                yield index, task.row(index, measure)
-            else:
-                return
+            while done < len(rows) and not (spreads and _takes_long(start, done, len(rows))):
+                yield rows[done], task.row(rows[done], measure)
+                done += 1
         rows, jobs = rows[done:], _cores()
-    yield from _by_processes(task, rows, min(jobs, len(rows)))
+    if rows:
+        yield from _by_processes(task, rows, min(jobs, len(rows)))
 
 
-def _by_processes(task: _Task, rows: list[int], jobs: int) -> Iterator[tuple[int, np.ndarray]]:
-    # As bytes: as they are, tensors would be moved into shared memory, those of the caller's model too.
-    content = pickle.dumps(task)
-    context = multiprocessing.get_context('spawn')
-    waiting = list(reversed(rows))
-    running: dict[Any, BaseProcess] = {}
-    try:
-        for _ in range(jobs):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()
-            running[ours] = process
-            ours.send(waiting.pop())
-            ours.send_bytes(content)
-        for _ in rows:
-            connection: Any = multiprocessing.connection.wait(list(running))[0]
-            answer = _received(connection)
-            if waiting:
-                connection.send(waiting.pop())
-            else:
-                connection.close()  # the process ends when it reads nothing more
-                running.pop(connection).join()
-            yield answer
-    finally:
-        for process in running.values():
-            process.terminate()
-        for process in running.values():
-            process.join()
+def _takes_long(start: float, done: int, of: int) -> bool:
+    """Whether the rows that are left are expected to take so long that further processes are worth it."""
+    return done > 0 and (time.perf_counter() - start) / done * (of - done) > _PROCESSES_FROM
 
 
-def _received(connection: Any) -> tuple[int, np.ndarray]:
-    try:
-        answer = connection.recv()
-    except EOFError:
-        raise RuntimeError('a process ended without a result: it was killed, perhaps for want of memory') from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
+def _by_processes(task: _Task, rows: list[int], jobs: int) -> Iterator[Row]:
+    """Yield the rows as they are finished by ``jobs`` processes; each evaluates every ``jobs``-th of them."""
+    shares = [functools.partial(_send_rows, task, rows[start::jobs]) for start in range(jobs)]
+    with closing(run_tasks(shares, jobs, preload=__name__)) as events:
+        for _, event in events:
+            if isinstance(event, Raised):
+                raise event.error
+            if isinstance(event, Sent):
+                yield event.message
 
 
-def _work(connection: Connection) -> None:
-    """Evaluates rows, by their number, until no more come; runs in a process of its own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process hears an interrupt and ends the others
+def _send_rows(task: _Task, rows: list[int], send: Callable[[Row], None]) -> None:
+    """Evaluate rows and send each when it is finished; runs in a process of its own."""
     torch.set_num_threads(1)
-    try:
-        index = connection.recv()
-        task: _Task = pickle.loads(connection.recv_bytes())
-        with task.measuring() as measure:
-            while True:
-                connection.send((index, task.row(index, measure)))
-                index = connection.recv()
-    except (EOFError, ConnectionError):  # the first process needs nothing more, or is gone
-        return
-    except Exception as error:
-        connection.send(error)
+    with task.measuring() as measure:
+        for index in rows:
+            send((index, task.row(index, measure)))
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread of computation inside: sums are then in the same order, and of the same bits, everywhere."""
+    """Compute on one thread: sums are then taken in the same order, with the same bits, everywhere."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -292,7 +256,7 @@ def one_thread() -> Iterator[None]:
 
 
 def _fingerprint(subspace: Subspace, coordinates: Sequence[np.ndarray], batches: Sequence[Any]) -> str:
-    """What all losses of a grid follow from, the network's code aside."""
+    """Return a hash of everything the losses of a grid depend on, but for the code of the network."""
     digest = hashlib.sha256()
     samples = [item for batch in batches for item in _tensors(batch)]
     for tensor in (*subspace.tensors(), *samples):

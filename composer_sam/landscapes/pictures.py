@@ -1,26 +1,37 @@
-"""Pictures of loss landscapes, by matplotlib."""
+"""Pictures of loss landscapes, drawn by matplotlib."""
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
+from composer_sam.extras import extra
 from composer_sam.landscapes.storage import Landscape
 
-__all__ = ['COLORS', 'Scale', 'contours', 'curves', 'heading', 'number', 'surfaces']
+with extra('diagnostics', __name__):
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-# Ratios of the largest to the smallest loss from which logarithms are drawn: as colours, and as heights.
+__all__ = ['COLORS', 'Scale', 'contours', 'curves', 'heading', 'number', 'png', 'surfaces']
+
+# Ratios of the largest loss to the smallest from which logarithms are drawn, as colours and as heights.
 _LOG_COLORS, _LOG_HEIGHTS = 10.0, 200.0
 _SHADES, _RINGS = 128, 24  # at most so many contour lines
-COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9']  # told apart by the colour-blind
+COLORS = [
+    '#0072B2',
+    '#D55E00',
+    '#009E73',
+    '#CC79A7',
+    '#E69F00',
+    '#56B4E9',
+]  # safe for colour-blind readers
 _LINES = ['-', '--', '-.', ':']
 _GAP = '#d9d9d9'
 _STEPS = (
@@ -38,9 +49,9 @@ class Scale:
     """One scale of losses for all the landscapes of a picture.
 
     Attributes:
-        low: The smallest finite loss.
-        high: The largest one.
-        log: Whether the logarithm is drawn.
+        low: the smallest finite loss.
+        high: the largest finite loss.
+        log: whether the logarithm is drawn.
     """
 
     low: float
@@ -49,7 +60,7 @@ class Scale:
 
     @classmethod
     def of(cls, landscapes: Sequence[Landscape], log_from: float = _LOG_HEIGHTS) -> Scale:
-        """The scale of all the ``landscapes``, logarithmic from a ratio of losses on."""
+        """Return the scale of all ``landscapes``, logarithmic if the ratio of losses is at least ``log_from``."""
         finite = np.concatenate([landscape.loss[np.isfinite(landscape.loss)] for landscape in landscapes])
         if not finite.size:
             return cls(0.0, 1.0, False)
@@ -59,12 +70,12 @@ class Scale:
         return cls(low, high, low > 0 and high / low >= log_from)
 
     def height(self, loss: Any) -> Any:
-        """What is drawn for a loss."""
+        """Return the height at which a loss is drawn."""
         with np.errstate(divide='ignore', invalid='ignore'):
             return np.log10(loss) if self.log else np.asarray(loss, dtype=float)
 
     def round_losses(self, most: int) -> list[float]:
-        """At most so many round losses in the range, about evenly spread over the heights."""
+        """Return at most ``most`` round losses in the range, about evenly spread over the heights."""
         if not self.log:
             return self._within(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(self.low, self.high))
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
@@ -80,7 +91,7 @@ class Scale:
 
 
 def curves(landscapes: Sequence[Landscape], title: str = '') -> Figure:
-    """The losses along a line, of every landscape in one pair of axes, and beside them the accuracies if known."""
+    """Draw the losses along lines in one pair of axes, and beside them the accuracies where all are known."""
     with_accuracy = all(landscape.accuracy is not None for landscape in landscapes)
     figure = Figure(figsize=(11, 4.4) if with_accuracy else (6.4, 4.4), layout='constrained')
     panels = np.atleast_1d(figure.subplots(1, 2 if with_accuracy else 1))
@@ -112,16 +123,16 @@ def curves(landscapes: Sequence[Landscape], title: str = '') -> Figure:
 
 
 def contours(landscapes: Sequence[Landscape], title: str = '') -> Figure:
-    """The losses over a plane, side by side with the same contour lines and the same colours."""
+    """Draw the losses over planes side by side, with the same contour lines and the same colours."""
     scale = Scale.of(landscapes, _LOG_COLORS)
     rows, columns = _arrangement(len(landscapes))
     figure = Figure(figsize=(4.3 * columns + 1.1, 4.35 * rows + _caption_inches(title)), layout='constrained')
     panels = figure.subplots(rows, columns, squeeze=False)
     low, high = scale.height([scale.low, scale.high])
-    # A hair more than the range, which rounding would put the extreme losses out of.
+    # A little more than the range: rounding would otherwise put the extreme losses outside.
     shades = np.linspace(low, high + 1e-9 * (high - low), _SHADES + 1)
     lines = scale.height(scale.round_losses(_RINGS))
-    solid: dict[str, Any] = {'negative_linestyles': 'solid'}  # heights below zero are nothing special
+    solid: dict[str, Any] = {'negative_linestyles': 'solid'}  # not dashed for heights below zero
     ticks = scale.height(scale.round_losses(10))
     drawn = None
     for axes, landscape in zip(panels.flat, landscapes, strict=False):
@@ -129,7 +140,7 @@ def contours(landscapes: Sequence[Landscape], title: str = '') -> Figure:
         heights = np.ma.masked_invalid(scale.height(landscape.loss))
         if heights.count():
             drawn = axes.contourf(*landscape.coordinates, heights, levels=shades, cmap='viridis')
-            drawn.set_edgecolor('face')  # or hairlines show between the shades
+            drawn.set_edgecolor('face')  # without it hairlines show between the shades
             crossed = [line for line in lines if heights.min() < line < heights.max()]
             rings = axes.contour(
                 *landscape.coordinates, heights, levels=crossed, colors='white', linewidths=0.8, **solid
@@ -151,7 +162,7 @@ def contours(landscapes: Sequence[Landscape], title: str = '') -> Figure:
 
 
 def surfaces(landscapes: Sequence[Landscape], title: str = '') -> Figure:
-    """The losses over a plane as surfaces, side by side with the same heights and the same colours."""
+    """Draw the losses over planes as surfaces side by side, with the same heights and the same colours."""
     scale = Scale.of(landscapes)
     rows, columns = _arrangement(len(landscapes))
     height = 4.5 * rows + _caption_inches(title)
@@ -188,8 +199,15 @@ def surfaces(landscapes: Sequence[Landscape], title: str = '') -> Figure:
     return figure
 
 
+def png(figure: Figure, dpi: int = 150) -> bytes:
+    """Return a figure as the content of a PNG file."""
+    content = io.BytesIO()
+    figure.savefig(content, format='png', dpi=dpi)
+    return content.getvalue()
+
+
 def _columns(landscape: Landscape, panels: np.ndarray) -> list[tuple[Axes, np.ndarray, list[float]]]:
-    """What is drawn into each of the panels: the values along the line and those of the marks."""
+    """Return for each panel its axes, the values along the line, and the values of the marks."""
     columns = [(panels[0], landscape.loss, [mark.loss for mark in landscape.marks])]
     if len(panels) > 1 and landscape.accuracy is not None:
         columns.append(
@@ -199,7 +217,7 @@ def _columns(landscape: Landscape, panels: np.ndarray) -> list[tuple[Axes, np.nd
 
 
 def _mark_plane(axes: Axes, landscape: Landscape) -> None:
-    """A cross at every checkpoint, with its name where there are several."""
+    """Draw a cross at every checkpoint, with its name where there are several."""
     for mark in landscape.marks:
         axes.plot(*mark.at, 'P', color='white', mec='black', mew=0.8, ms=8, zorder=4)
         if len(landscape.marks) > 1:
@@ -209,7 +227,7 @@ def _mark_plane(axes: Axes, landscape: Landscape) -> None:
 
 
 def heading(landscape: Landscape) -> str:
-    """What stands above a panel: the label, and the loss at the checkpoint where there is one."""
+    """Return the heading of a panel: the label, and where there is one checkpoint its loss and accuracy."""
     if len(landscape.marks) != 1:
         return landscape.label
     (mark,) = landscape.marks
@@ -218,17 +236,17 @@ def heading(landscape: Landscape) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits."""
+    """Return a number in three significant digits, or as a power of ten."""
     return f'{value:.3g}' if 1e-3 <= abs(value) < 1e4 or value == 0 else f'{value:.0e}'
 
 
 def _finite(values: np.ndarray) -> np.ndarray:
-    """Not a number, which is drawn as a gap, for what is infinite."""
+    """Replace infinite values by not a number, which is drawn as a gap."""
     return np.where(np.isfinite(values), values, np.nan)
 
 
 def _arrangement(count: int) -> tuple[int, int]:
-    """Rows and columns for so many panels."""
+    """Return the numbers of rows and columns for ``count`` panels."""
     columns = min(count, 3 if count != 4 else 2)
     return -(-count // columns), columns
 

@@ -1,4 +1,4 @@
-"""A loss landscape, and the file it is stored in while it is evaluated and after."""
+"""A loss landscape, and the file it is stored in, while it is evaluated and afterwards."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from composer_sam.files import write_whole
 from composer_sam.landscapes.subspaces import Mark
 
 __all__ = ['Landscape', 'LandscapeError', 'Rows']
@@ -22,7 +23,7 @@ _FORMAT = 1
 
 
 class LandscapeError(ValueError):
-    """What was asked for cannot be evaluated, or a stored landscape is not the one that is asked for."""
+    """A request that cannot be evaluated, a file that holds no landscape, or a file that holds another one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,13 +31,13 @@ class Landscape:
     """Losses on a grid of weights.
 
     Attributes:
-        label: What it is called in pictures.
-        axes: What the coordinates are, with their unit.
-        coordinates: Of the grid, ascending, one array per axis.
-        loss: At ``[x]`` or ``[y, x]``; infinite or not a number where the network's outputs are.
-        accuracy: Likewise, in [0, 1]; None where there is none to speak of.
-        marks: The checkpoints in it, with their losses.
-        about: How it came to be: samples, seed, and all else that is to be kept with it.
+        label: its name in pictures.
+        axes: the names of the coordinates, with their units.
+        coordinates: the coordinates of the grid, ascending, one array per axis.
+        loss: the loss at ``[x]`` or ``[y, x]``; infinite or not a number where the outputs of the network are.
+        accuracy: the accuracy at the same points, in [0, 1]; None where the network is no classifier.
+        marks: the checkpoints in it, with their losses.
+        about: what the losses depend on, such as samples and seed, and what else is stored with them.
     """
 
     label: str
@@ -48,15 +49,15 @@ class Landscape:
     about: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Writes arrays and, as JSON, everything else into one ``.npz`` file; a reader sees the whole file or none."""
+        """Write one ``.npz`` file: arrays, and everything else as JSON. A reader sees the whole file or none."""
         Rows(self, np.ones(self.loss.shape[0], dtype=bool)).save(path)
 
     @classmethod
     def load(cls, path: Path) -> Landscape:
-        """Reads what :meth:`save` has written; nothing in the file is executed.
+        """Read a file that :meth:`save` wrote; nothing in the file is executed.
 
         Raises:
-            LandscapeError: If the file is no landscape, or not all of its rows have been evaluated.
+            LandscapeError: the file is no landscape, or not all of its rows have been evaluated.
         """
         rows = Rows.load(path)
         if not rows.done.all():
@@ -65,7 +66,7 @@ class Landscape:
 
 
 class Rows:
-    """A landscape in the making, and the file it is stored in."""
+    """A landscape some rows of which have been evaluated, and the file it is stored in."""
 
     def __init__(self, landscape: Landscape, done: np.ndarray, accuracy: np.ndarray | None = None) -> None:
         self._landscape = landscape
@@ -74,23 +75,25 @@ class Rows:
 
     @classmethod
     def empty(cls, landscape: Landscape) -> Rows:
+        """Make the landscape with all losses missing."""
         shape = tuple(axis.size for axis in reversed(landscape.coordinates))
         loss = np.full(shape, np.nan)
         return cls(dataclasses.replace(landscape, loss=loss), np.zeros(shape[0], dtype=bool), np.full(shape, np.nan))
 
     @property
     def landscape(self) -> Landscape:
+        """The landscape with the losses so far."""
         known = self.accuracy is not None and not np.isnan(self.accuracy).all()
         return dataclasses.replace(self._landscape, accuracy=self.accuracy if known else None)
 
     def put(self, index: int, values: np.ndarray) -> None:
-        """Puts down the losses and accuracies of a row."""
+        """Set the losses and accuracies of a row."""
         assert self.accuracy is not None
         loss, accuracy = values if self._landscape.loss.ndim == 2 else values[:, 0]
         self._landscape.loss[index], self.accuracy[index], self.done[index] = loss, accuracy, True
 
     def mark(self, measured: Sequence[tuple[float, float]]) -> None:
-        """Puts down loss and accuracy of the marks."""
+        """Set the loss and the accuracy of every mark."""
         marks = [
             dataclasses.replace(mark, loss=loss, accuracy=None if math.isnan(accuracy) else accuracy)
             for mark, (loss, accuracy) in zip(self._landscape.marks, measured, strict=True)
@@ -98,7 +101,11 @@ class Rows:
         self._landscape = dataclasses.replace(self._landscape, marks=tuple(marks))
 
     def take(self, stored: Rows, path: Path) -> None:
-        """Takes over the rows that an earlier run has stored, if it was to be the same landscape."""
+        """Take over the rows that an earlier run stored.
+
+        Raises:
+            LandscapeError: the earlier run evaluated another landscape.
+        """
         now, before = self._landscape.about, stored._landscape.about
         for key in [*now, *before]:
             if now.get(key) != before.get(key):
@@ -111,6 +118,7 @@ class Rows:
             self.accuracy[:] = stored.accuracy
 
     def save(self, path: Path) -> None:
+        """Write the file, whole or not at all."""
         landscape = self._landscape
         described = {
             'format': _FORMAT,
@@ -125,12 +133,15 @@ class Rows:
             arrays['accuracy'] = self.accuracy
         content = io.BytesIO()
         np.savez_compressed(content, **arrays)
-        partial = path.with_name(f'.{path.name}.partial')
-        partial.write_bytes(content.getvalue())
-        partial.replace(path)
+        write_whole(path, content.getvalue())
 
     @classmethod
     def load(cls, path: Path) -> Rows:
+        """Read a file that :meth:`save` wrote.
+
+        Raises:
+            LandscapeError: the file is no landscape.
+        """
         try:
             with np.load(path, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}

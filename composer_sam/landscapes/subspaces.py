@@ -1,7 +1,7 @@
-"""Lines and planes through weight space: where a loss landscape is evaluated, and what it is called there.
+"""Lines and planes through weight space, on which a loss landscape is evaluated.
 
-A :class:`Subspace` turns one or two coordinates into the weights of a model. :class:`Around` leaves one set of weights
-along directions, :class:`Through` passes through two or three of them. Nothing here computes a loss of a grid; that is
+A :class:`Subspace` turns one or two coordinates into the weights of a model. :class:`Around` starts at one set of
+weights and follows directions; :class:`Through` contains two or three sets of weights. The losses are computed by
 :mod:`composer_sam.landscapes.grid`.
 """
 
@@ -32,16 +32,16 @@ __all__ = [
 
 Direction = dict[str, Tensor]
 
-_COLLINEAR = 1e-6  # relative distance from a line below which three checkpoints span no plane
+_COLLINEAR = 1e-6  # relative distance from the line of two checkpoints below which a third one spans no plane
 
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """What a model computes with.
+    """The parameters and buffers a model computes with.
 
     Attributes:
-        parameters: By name, frozen ones included, tied ones once.
-        buffers: The floating-point ones by name, such as BatchNorm's running statistics.
+        parameters: all parameters by name, frozen ones included, tied ones once.
+        buffers: the floating-point buffers by name, such as BatchNorm's running statistics.
     """
 
     parameters: dict[str, Tensor]
@@ -49,7 +49,7 @@ class Weights:
 
 
 def weights_of(model: nn.Module) -> Weights:
-    """A copy of the weights ``model`` has now."""
+    """Return a copy of the weights of ``model``."""
     return Weights(
         {name: parameter.detach().clone() for name, parameter in model.named_parameters()},
         {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()},
@@ -58,13 +58,13 @@ def weights_of(model: nn.Module) -> Weights:
 
 @dataclass(frozen=True)
 class Mark:
-    """A checkpoint, drawn as a point.
+    """A checkpoint in a subspace, drawn as a point.
 
     Attributes:
-        label: What it is called.
-        at: Its coordinates.
-        loss: There; not a number before it has been evaluated.
-        accuracy: Likewise, in [0, 1]; None where there is none to speak of.
+        label: its name.
+        at: its coordinates.
+        loss: its loss; not a number before it has been evaluated.
+        accuracy: its accuracy, in [0, 1]; None where the network is no classifier.
     """
 
     label: str
@@ -78,38 +78,38 @@ class Subspace:
     """A line or plane of weights.
 
     Attributes:
-        axes: What the coordinates are, with their unit.
-        marks: The checkpoints that lie in it.
+        axes: the names of the coordinates, with their units.
+        marks: the checkpoints that lie in it.
     """
 
     axes: tuple[str, ...]
     marks: tuple[Mark, ...]
 
     def weights(self, at: Sequence[float]) -> dict[str, Tensor]:
-        """All parameters and floating-point buffers by name at the given coordinates."""
+        """Return all parameters and floating-point buffers by name at the given coordinates."""
         raise NotImplementedError
 
     def tensors(self) -> Iterator[Tensor]:
-        """All it is made of, in a fixed order."""
+        """Yield all tensors the subspace is made of, in a fixed order."""
         raise NotImplementedError
 
     def box(self, reach: float) -> tuple[tuple[float, float], ...]:
-        """The range of every axis, for a picture that reaches so far."""
+        """Return the range of every axis for a picture of the given reach."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
 class Around(Subspace):
-    r"""The weights around a point, along directions.
+    r"""The weights around a point, along one or two directions.
 
     .. math::
         w(x, y) = w + x \, u + y \, v
 
-    At the coordinates zero these are the weights themselves, bit for bit. Buffers stay as they are.
+    At the coordinates zero these are the weights :math:`w`, bit for bit. Buffers do not change.
 
     Attributes:
-        origin: The weights :math:`w`.
-        directions: :math:`u` and :math:`v`; parameters that one of them leaves out do not move along it.
+        origin: the weights :math:`w`.
+        directions: :math:`u` and :math:`v`; a parameter that a direction leaves out does not move along it.
     """
 
     origin: Weights
@@ -117,14 +117,14 @@ class Around(Subspace):
 
     @classmethod
     def of(cls, model: nn.Module, directions: Sequence[Direction], axes: Sequence[str], label: str) -> Around:
-        """The weights around those that ``model`` has now, which are called ``label``."""
+        """Make the subspace around the weights of ``model``, which get the name ``label``."""
         mark = Mark(label, (0.0,) * len(directions))
         return cls(tuple(axes), (mark,), weights_of(model), tuple(directions))
 
     def weights(self, at: Sequence[float]) -> dict[str, Tensor]:
         moved = {**self.origin.parameters, **self.origin.buffers}
         for factor, direction in zip(at, self.directions, strict=True):
-            if factor != 0:  # so that the weights themselves are among the points, bit for bit
+            if factor != 0:  # so that the origin is one of the points, bit for bit
                 for name, part in direction.items():
                     moved[name] = torch.add(moved[name], part, alpha=factor)
         return moved
@@ -148,17 +148,17 @@ class Through(Subspace):
         w(x, y) = w_0 + x \, u + y \, v
 
     with :math:`u, v` the Gram-Schmidt basis of :math:`w_1 - w_0, w_2 - w_0` over all parameters, so that distances and
-    angles in the plane's picture are those of weight space. Both are evaluated as weighted means of the corners with
-    weights that sum to 1, and so are the corners themselves, bit for bit, at their own coordinates.
+    angles in a picture of the plane are those of weight space. Both are evaluated as means of the corners with
+    coefficients that sum to 1. At the coordinates of a corner the result is that corner, bit for bit.
 
-    Floating-point buffers (BatchNorm's running statistics) are averaged with the same weights. Beyond the corners,
-    where a weight is negative and an averaged variance could be too, they stay those of the nearest average: negative
-    weights are set to zero and the others scaled to sum to 1. An average of running statistics is not what the
-    averaged weights would have gathered in training; ``recalibrate`` of :func:`composer_sam.landscapes.grid.evaluate`
-    gathers them anew.
+    Floating-point buffers (BatchNorm's running statistics) are averaged with the same coefficients. Beyond the corners
+    a coefficient is negative, and an averaged variance could be negative too: for buffers negative coefficients are set
+    to zero, and the others are scaled to sum to 1. Averaged running statistics differ from the statistics that the
+    averaged weights would have gathered in training; ``recalibrate`` of
+    :func:`composer_sam.landscapes.grid.evaluate` computes them from the samples.
 
     Attributes:
-        corners: Two or three sets of weights of one architecture.
+        corners: two or three sets of weights of one architecture.
 
     Reference:
         Goodfellow, Vinyals and Saxe, "Qualitatively Characterizing Neural Network Optimization Problems", ICLR 2015,
@@ -170,7 +170,7 @@ class Through(Subspace):
 
     @classmethod
     def of(cls, corners: Sequence[Weights], labels: Sequence[str]) -> Through:
-        """The line or plane through the ``corners``, which are called by the ``labels``."""
+        """Make the line or plane through ``corners``, which get the names ``labels``."""
         first, second = labels[:2]
         length, slant, height = _triangle(corners, labels)
         if len(corners) == 2:
@@ -183,7 +183,7 @@ class Through(Subspace):
         return cls(axes, marks, tuple(corners))
 
     def coefficients(self, at: Sequence[float]) -> tuple[float, ...]:
-        """The weight of every corner in the mean."""
+        """Return the coefficient of every corner in the mean."""
         if len(self.corners) == 2:
             return 1 - at[0], at[0]
         (length, _), (slant, height) = self.marks[1].at, self.marks[2].at
@@ -205,29 +205,30 @@ class Through(Subspace):
             yield from (*corner.parameters.values(), *corner.buffers.values())
 
     def box(self, reach: float) -> tuple[tuple[float, float], ...]:
-        """The box of the corners and a margin of ``reach`` times its longest side all around."""
+        """Return the box of the corners, with a margin of ``reach`` times its longest side on all sides."""
         sides = [(min(places), max(places)) for places in zip(*(mark.at for mark in self.marks), strict=True)]
         margin = reach * max(high - low for low, high in sides)
         return tuple((low - margin, high + margin) for low, high in sides)
 
 
 def random_directions(model: nn.Module, seed: int, count: int = 1) -> list[Direction]:
-    r"""Filter-normalised random directions.
+    r"""Draw filter-normalised random directions.
 
     .. math::
         d_{i,j} \leftarrow \frac{d_{i,j}}{\lVert d_{i,j} \rVert} \, \lVert w_{i,j} \rVert
         \qquad d \sim \mathcal{N}(0, I)
 
-    for filter :math:`j` of layer :math:`i`: the slices along the first axis of every trainable parameter of two or more
-    dimensions, which are the filters of a convolution and the rows of a linear layer. So a step of 1 changes every
-    filter by its own norm, and networks of different scale can be compared. Parameters of fewer dimensions (biases,
-    normalisation) do not move and are left out, as in the authors' code by default. Several directions are drawn one
-    after the other and not made orthogonal to each other, as published; in so many dimensions they almost are.
+    for filter :math:`j` of layer :math:`i`. The filters are the slices along the first axis of every trainable
+    parameter of two or more dimensions: the filters of a convolution and the rows of a linear layer. A step of 1
+    changes every filter by its own norm, so that networks of different scale can be compared. Parameters of fewer
+    dimensions (biases, normalisation) do not move and are left out, as in the authors' code by default. Several
+    directions are drawn one after the other and are not made orthogonal, as published; in so many dimensions they
+    almost are.
 
     Args:
-        model: The network, at the weights the directions are scaled to.
-        seed: Of the draws, which are the same for all networks of one architecture, on every device.
-        count: How many directions.
+        model: the network, at the weights the directions are scaled to.
+        seed: the seed of the draws, which are the same for all networks of one architecture, on every device.
+        count: the number of directions.
 
     Reference:
         Li, Xu, Taylor, Studer and Goldstein, "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018,
@@ -247,22 +248,23 @@ def random_directions(model: nn.Module, seed: int, count: int = 1) -> list[Direc
 def hessian_directions(
     model: nn.Module, loss: Any, batches: Iterable[Any], count: int = 1, **options: Any
 ) -> tuple[list[Direction], list[float]]:
-    r"""The eigenvectors of the Hessian with the largest eigenvalues, and these.
+    r"""Return the eigenvectors of the Hessian with the largest eigenvalues, and the eigenvalues.
 
-    Each has norm 1 over all trainable parameters, so coordinates along it are distances in weight space: the unit of
-    SAM's rho. The network's own scale is not taken out as it is by filter normalisation. Near the weights
+    Each eigenvector has norm 1 over all trainable parameters, so that coordinates along it are distances in weight
+    space, the unit of SAM's rho. Unlike filter normalisation this does not remove the scale of the network. Near the
+    weights
 
     .. math::
         L(w + x v) \approx L(w) + x \, \nabla L(w)^\top v + \tfrac{1}{2} \lambda x^2
 
-    An eigenvector's sign is arbitrary; here its element of largest magnitude is positive.
+    The sign of an eigenvector is arbitrary; here its element of largest magnitude is positive.
 
     Args:
-        model: The network.
-        loss: As for :class:`composer_sam.diagnostics.objective.Objective`.
-        batches: The samples the Hessian is of.
-        count: How many.
-        options: Further arguments of :func:`composer_sam.diagnostics.hessian.top_eigenvalues`.
+        model: the network.
+        loss: as for :class:`composer_sam.diagnostics.objective.Objective`.
+        batches: the samples of the loss.
+        count: the number of eigenvectors.
+        options: further arguments of :func:`composer_sam.diagnostics.hessian.top_eigenvalues`.
 
     Reference:
         Yao, Gholami, Keutzer and Mahoney, "PyHessian: Neural Networks Through the Lens of the Hessian", IEEE Big Data
@@ -274,7 +276,7 @@ def hessian_directions(
 
 
 def _filterwise(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """A Gaussian tensor whose slices along the first axis have the norms of those of ``weight``."""
+    """Return a Gaussian tensor whose slices along the first axis have the same norms as those of ``weight``."""
     drawn = torch.randn(weight.shape, generator=generator).to(weight.device, weight.dtype)
     rows = drawn.flatten(1)
     rows *= weight.flatten(1).norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True)
@@ -282,7 +284,10 @@ def _filterwise(weight: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _combine(tensors: Sequence[dict[str, Tensor]], factors: Sequence[float]) -> dict[str, Tensor]:
-    """The weighted sums, name by name; what has no weight is left out, so that a corner is itself bit for bit."""
+    """Return the weighted sums by name.
+
+    Tensors with the factor zero are left out, so that the result at a corner is that corner, bit for bit.
+    """
     (first, factor), *others = [pair for pair in zip(tensors, factors, strict=True) if pair[1] != 0]
     combined = {}
     for name, tensor in first.items():
@@ -294,7 +299,7 @@ def _combine(tensors: Sequence[dict[str, Tensor]], factors: Sequence[float]) -> 
 
 
 def _triangle(corners: Sequence[Weights], labels: Sequence[str]) -> tuple[float, float, float]:
-    """Of the first three corners: the distance of two, and the third's coordinates along and across their line."""
+    """Return the distance between the first two corners, and the third's coordinates along and across their line."""
     names = corners[0].parameters
     edges = [
         {name: corner.parameters[name].double() - corners[0].parameters[name].double() for name in names}
@@ -314,10 +319,11 @@ def _triangle(corners: Sequence[Weights], labels: Sequence[str]) -> tuple[float,
 
 
 def _inner(a: Direction, b: Direction) -> float:
+    """Return the inner product over all parameters."""
     return float(sum((a[name] * b[name]).sum() for name in a))
 
 
 def grid_axis(low: float, high: float, resolution: int) -> np.ndarray:
-    """``resolution`` evenly spaced coordinates; where the range is symmetric so are they, bit for bit."""
+    """Return ``resolution`` evenly spaced coordinates, symmetric bit for bit where the range is symmetric."""
     steps = np.linspace(-1, 1, resolution)
     return (low + high) / 2 + (high - low) / 2 * ((steps - steps[::-1]) / 2)

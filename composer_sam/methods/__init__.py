@@ -25,14 +25,14 @@ registry: dict[str, type[SharpnessAware]] = {
 
 
 def table() -> list[dict[str, Any]]:
-    """One row per method.
+    """Return one row per method.
 
     ``passes`` and ``collectives`` (exchanges of gradients over ranks under DistributedDataParallel) are those of a
-    perturbing step, counted on the rule itself. ``extra_copies`` of the parameters is what the step adds to the base
-    step's memory at the peak. ``hyperparameters`` are those of its own, by name, with their defaults.
+    perturbed step, counted on the rule itself. ``extra_copies`` is what the step adds to the base step's peak memory,
+    in copies of the parameters. ``hyperparameters`` are the method's own, by name, with their defaults.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message=r'Using backward\(\) with create_graph')  # the step ends the graph
+        warnings.filterwarnings('ignore', message=r'Using backward\(\) with create_graph')  # the step frees the graph
         return [_table_row(name, method) for name, method in registry.items()]
 
 
@@ -48,7 +48,7 @@ def _table_row(name: str, method: type[SharpnessAware]) -> dict[str, Any]:
     }
 
 
-def own_fields(method: type[SharpnessAware]) -> list[dataclasses.Field]:
-    """The hyper-parameters a method declares itself, without those that all methods have."""
+def own_fields(method: type[SharpnessAware]) -> list[dataclasses.Field[Any]]:
+    """Return the hyper-parameters that a method declares itself, without those that all methods have."""
     shared = {field.name for field in dataclasses.fields(SharpnessAware)}
     return [field for field in dataclasses.fields(method) if field.name not in shared]

@@ -1,42 +1,44 @@
-"""Prints docs/methods.md, generated from the registry: ``python -m composer_sam.methods > docs/methods.md``."""
+"""The generator of docs/methods.md from the registry: ``python -m composer_sam.methods > docs/methods.md``."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import re
+from typing import Any
 
+from composer_sam import markdown
 from composer_sam.methods import own_fields, registry, table
 from composer_sam.methods.base import SharpnessAware
 
-__all__: list[str] = []  # what is public is in the package
+__all__: list[str] = []  # the public names are in the package
 
 _HEAD = """\
 # The methods
 
-Generated from the code by `python -m composer_sam.methods > docs/methods.md`; a test keeps it up to date. The update
-rules themselves are in the docstrings, `help(composer_sam.SAM)`, and in `composer_sam/methods/`, one file per method.
+This page is generated from the code by `python -m composer_sam.methods > docs/methods.md`; a test checks that it is up
+to date. The update rules are in the docstrings, `help(composer_sam.SAM)`, and in `composer_sam/methods/`, one file per
+method.
 """
 _COLUMNS = """
-Passes are forward-backward passes of a perturbing step, and collectives are its exchanges of gradients over the ranks
-of DistributedDataParallel, where an ordinary step has one. Both are counted on the rules. Memory is what it adds to the
-base step's at the peak, in copies of the parameters, as `benchmarks/memory.py` measures it; between steps nothing is
-held. SGDHess's comes on top of the graph that its backward keeps.
+Passes are the forward-backward passes of a perturbed step. Collectives are its exchanges of gradients over the ranks of
+DistributedDataParallel; an ordinary step has one. Both are counted on the rules. Memory is what the step adds to the
+base step's peak, in copies of the parameters, as `benchmarks/memory.py` measures it; between steps nothing is held. The
+memory of SGDHess is in addition to the graph that its backward keeps.
 """
 _SHARED = """
-## What every method takes
+## Hyper-parameters of every method
 
 SGDHess refuses `sync_first_pass`: it averages its gradient and the curvature over ranks itself.
 """
 
 
 def document() -> str:
-    """The page."""
-    parts = [_HEAD, '\n', _rows('method', 'passes', 'memory', 'collectives', 'what it is')]
-    for row in table():
-        link = f'[{row["name"]}](#{row["name"].lower()})'
-        parts.append(_row(link, row['passes'], row['extra_copies'], row['collectives'], row['summary']))
-    parts.append(_COLUMNS)
+    """Return the page as Markdown."""
+    shown = ('passes', 'extra_copies', 'collectives', 'summary')
+    rows = [(f'[{row["name"]}](#{row["name"].lower()})', *(row[key] for key in shown)) for row in table()]
+    headings = ('method', 'passes', 'memory', 'collectives', 'what it is')
+    parts = [_HEAD, '\n', markdown.table(headings, rows), _COLUMNS]
     for row in table():
         method = registry[row['name']]
         recipe = method.__module__.split('.')[-1]
@@ -47,13 +49,13 @@ def document() -> str:
     return ''.join(parts)
 
 
-def _hyperparameters(method: type[SharpnessAware], fields: list[dataclasses.Field]) -> str:
+def _hyperparameters(method: type[SharpnessAware], fields: list[dataclasses.Field[Any]]) -> str:
     meanings = _meanings(inspect.getdoc(method) or '')
-    rows = [_row(f'`{f.name}`', f'`{f.default!r}`', _range(f), meanings[f.name]) for f in fields]
-    return _rows('hyper-parameter', 'default', 'range', 'meaning') + ''.join(rows)
+    rows = [(f'`{f.name}`', f'`{f.default!r}`', _range(f), meanings[f.name]) for f in fields]
+    return markdown.table(('hyper-parameter', 'default', 'range', 'meaning'), rows)
 
 
-def _range(field: dataclasses.Field) -> str:
+def _range(field: dataclasses.Field[Any]) -> str:
     if 'choices' in field.metadata:
         return ', '.join(f'`{choice!r}`' for choice in field.metadata['choices'])
     if 'range' in field.metadata:
@@ -65,7 +67,7 @@ def _range(field: dataclasses.Field) -> str:
 
 
 def _meanings(doc: str) -> dict[str, str]:
-    """What a docstring's ``Args`` say of each argument, as Markdown."""
+    """Return the text of each argument in a docstring's ``Args``, as Markdown."""
     section = re.split(r'\n\n', doc.split('Args:\n', 1)[1], maxsplit=1)[0]
     entries = re.findall(r'^    (\w+): (.*(?:\n {8}.*)*)', section, flags=re.MULTILINE)
     return {name: _markdown(' '.join(text.split())) for name, text in entries}
@@ -74,14 +76,6 @@ def _meanings(doc: str) -> dict[str, str]:
 def _markdown(text: str) -> str:
     text = re.sub(r':math:`([^`]*)`', r'$\1$', text)
     return re.sub(r':\w+:`([^`]*)`', r'`\1`', text).replace('``', '`')
-
-
-def _rows(*headings: str) -> str:
-    return _row(*headings) + _row(*('---' for _ in headings))
-
-
-def _row(*cells: object) -> str:
-    return '| ' + ' | '.join(str(cell).replace('|', r'\|') for cell in cells) + ' |\n'
 
 
 if __name__ == '__main__':

@@ -16,7 +16,7 @@ __all__ = ['ASAM']
 
 @dataclass(eq=False)
 class ASAM(SharpnessAware):
-    r"""Adaptive SAM: a radius that is measured in the scale of each weight.
+    r"""Adaptive SAM: the radius is measured in the scale of each weight.
 
     .. math::
 
@@ -24,22 +24,23 @@ class ASAM(SharpnessAware):
         T = |w| + \eta \text{ for parameters called weight}, \; 1 \text{ for the others}, \qquad
         w \leftarrow \text{base}(w, \nabla L(w + e))
 
-    This is not ``SAM(adaptive=True)``, which takes T = |w| for every parameter, biases included, and no eta.
+    This is not ``SAM(adaptive=True)``, which uses T = |w| for every parameter, biases included, and no eta.
 
     Args:
-        rho: radius, :math:`\rho > 0`, relative to the weights' size; ten times SAM's is usual. Per group if set there.
+        rho: radius, :math:`\rho > 0`, relative to the weights' size; ten times SAM's is usual. May be set per group.
         eta: added to |w| where T uses it, :math:`\eta \ge 0`, in the weights' units.
-        epsilon: added to the norm, :math:`\epsilon \ge 0`. Per group if set there.
+        epsilon: added to the norm, :math:`\epsilon \ge 0`. May be set per group.
 
     Passes and memory:
         2 passes per perturbing step, one copy of the parameters at the peak, nothing
         between steps.
 
     Departures:
-        The weights are restored bit for bit; the authors' code subtracts the offset again.
+        The weights are restored bit for bit; the authors' code subtracts the offset.
 
     Raises:
-        ValueError: a hyper-parameter out of its range; parameters without names (no ``model``, or flattened by FSDP1).
+        ValueError: a hyper-parameter is out of its range, or parameters have no names (no ``model``, or FSDP1 has
+            flattened them).
 
     Example:
         >>> from composer_sam import ASAM

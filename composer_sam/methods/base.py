@@ -1,10 +1,11 @@
-"""What all methods share: the steps to perturb, and hyper-parameters over time and per parameter group."""
+"""The base class of all methods: the steps to perturb, and hyper-parameters over time and per parameter group."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,28 +25,28 @@ __all__ = ['SharpnessAware']
 
 @dataclass(eq=False, kw_only=True)
 class SharpnessAware(Method, ComposerAlgorithm):
-    """What all methods share. A method is a dataclass that extends it, declares its hyper-parameters and writes its
-    update rule in :meth:`direction`.
+    """The base class of all methods. A method is a dataclass that extends it, declares its hyper-parameters and defines
+    its update rule in :meth:`direction`.
 
     Args:
         interval: perturb at steps ``interval``, ``2 * interval``, ...; the others are plain base steps. Under a Trainer
-            the phase comes from the trainer's batch counter, so it survives a resume.
-        start: first moment at which steps may be perturbed, a Composer time string (``'0.8dur'``, ``'10ep'``,
-            ``'500ba'``); before it plain base steps at the base step's cost. None: from the beginning.
+            the trainer's batch counter decides, so a resumed run perturbs the same steps.
+        start: first moment at which steps are perturbed, as a Composer time string (``'0.8dur'``, ``'10ep'``,
+            ``'500ba'``); earlier steps are plain base steps, at their cost. None: from the beginning.
         end: first moment at which steps are no longer perturbed. None: to the last step.
-        sync_first_pass: average the first pass's gradient over ranks, so that all ranks perturb alike; by default each
-            rank perturbs by its own gradient (m-sharpness) and saves the communication.
+        sync_first_pass: average the first pass's gradient over ranks, so that all ranks use the same perturbation. By
+            default each rank perturbs by its own gradient (m-sharpness), which saves the communication.
         parameters: which parameters are perturbed: a regular expression searched for in their names, the word
             ``'normalization'`` for those of normalisation layers, or a predicate of name and parameter. The others get
             the direction but no offset, and do not count in the radius. None: all.
         schedules: factors by which hyper-parameters are multiplied over time, by name: a Composer scheduler
             (``{'rho': CosineAnnealingScheduler()}``; needs a Trainer) or a callable of the timestamp. A factor of 0
-            is allowed: the radius may start or end there.
-        on_nonfinite: what a step does about a loss or a gradient that is not finite, in any pass. ``'propagate'``: what
-            the base optimizer alone does, which is to step with it; the first such loss is reported in the log.
-            ``'skip'``: the step is skipped on all ranks, perturbed or not; weights, optimizer state and buffers stay as
-            they were, only the random streams go on. It costs a read of the gradient, a reduction of one number over
-            the ranks and a wait for the device per pass.
+            is allowed: the radius may start or end at 0.
+        on_nonfinite: what a step does if the loss or the gradient of any pass is not finite. ``'propagate'``: step with
+            it, as the base optimizer alone does; the first such loss is reported in the log. ``'skip'``: skip the step
+            on all ranks, perturbed or not; weights, optimizer state and buffers stay as they were, and only the random
+            streams advance. Per pass this costs a read of the gradient, a reduction of one number over the ranks and a
+            wait for the device.
     """
 
     interval: int = 1
@@ -60,13 +61,15 @@ class SharpnessAware(Method, ComposerAlgorithm):
     extra_copies: ClassVar[int] = 1
 
     def direction(self, step: Step) -> Passes:
-        """The update rule: yields a :class:`Pass` and is sent its gradient, any number of times; returns a
-        :class:`Direction`. It sees vectors only, never parameters, gradients or the base optimizer."""
+        """Yield any number of :class:`Pass`, receive the gradient of each, and return a :class:`Direction`.
+
+        The update rule sees vectors only, never parameters, gradients or the base optimizer.
+        """
         raise NotImplementedError(f'{type(self).__name__} must define direction(step)')
 
     @functools.cached_property
     def passes(self) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Forward-backward passes of a perturbing step, counted on the rule itself."""
+        """The number of forward-backward passes of a perturbed step, counted on the rule itself."""
         return count(self).passes
 
     def __post_init__(self) -> None:
@@ -89,7 +92,7 @@ class SharpnessAware(Method, ComposerAlgorithm):
                 own[name] = per_parameter(name, allowed, getattr(self, name), groups)
         for name, schedule in (self.schedules or {}).items():
             factor = factor_of(name, schedule, moment)
-            own[name] = each(lambda value, factor=factor: factor * value, own.get(name, getattr(self, name)))
+            own[name] = each(operator.mul, factor, own.get(name, getattr(self, name)))
         if not own:
             return self
         method = copy.copy(self)

@@ -1,4 +1,4 @@
-"""The names that Composer's Trainer asks of an algorithm, so that a method can be one without Composer installed."""
+"""The names that Composer's Trainer uses of an algorithm, so that a method can be one without Composer installed."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ else:
 
 __all__ = ['ComposerAlgorithm']
 
-# By name: the events' class is Composer's.
+# The events by name, because their class is in Composer.
 _EVENTS = ('BEFORE_LOAD', 'FIT_START', 'FIT_END')
 
 
 class ComposerAlgorithm(Algorithm):
-    """An algorithm of Composer's in all but name.
+    """A Composer algorithm that does not inherit from Composer's class.
 
-    Composer asks its algorithms these seven names and never for their class. To type checkers this is an ``Algorithm``,
-    and from the first Trainer on it is one to ``isinstance`` too.
+    Composer uses these seven names of its algorithms and never checks their class. Type checkers see an ``Algorithm``;
+    ``isinstance`` sees one too, from the first Trainer on.
     """
 
     @property
     def find_unused_parameters(self) -> bool:
-        """Whether parameters may be left without a gradient: no method does that."""
+        """Whether the method leaves parameters without a gradient: no method does."""
         return False
 
     @property
@@ -35,26 +35,26 @@ class ComposerAlgorithm(Algorithm):
 
     @staticmethod
     def required_on_load() -> bool:
-        """Whether a checkpoint can be loaded with the method only: it is the base optimizer's, so it needs none."""
+        """Return whether loading a checkpoint requires the method: it does not, its state is the base optimizer's."""
         return False
 
     def match(self, event: Event, state: State) -> bool:
-        """Whether :meth:`apply` has something to do at ``event``."""
+        """Return whether :meth:`apply` has something to do at ``event``."""
         del state
         # The scaler must be there before a checkpoint's scale is loaded; the optimizer is swapped after it.
         return event.name in _EVENTS
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Swap the trainer's optimizer for the wrapper around it, once, also over several fits."""
+        """Replace the trainer's optimizer with the wrapper around it, once even over several fits."""
         from composer_sam.trainers.composer import attach
 
         attach.register(ComposerAlgorithm)
         attach.apply(self, event, state, logger)  # pyright: ignore[reportArgumentType]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint notes of the algorithm."""
+        """Return what a checkpoint stores of the algorithm."""
         return {'repr': repr(self)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """A method has no state of its own: what it remembers lies in the optimizer's."""
+        """Do nothing: a method's memory is in the optimizer's state."""
         del state

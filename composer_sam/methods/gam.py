@@ -16,9 +16,9 @@ __all__ = ['GAM']
 
 @dataclass(eq=False)
 class GAM(SharpnessAware):
-    r"""Gradient-norm aware minimisation: seeks minima whose gradient stays small all around (first-order flatness).
+    r"""Gradient-norm aware minimisation: seeks minima around which the gradient stays small (first-order flatness).
 
-    Four gradients at absolute offsets from w, :math:`g_0` at w and
+    Four gradients are taken at absolute offsets from w: :math:`g_0` at w and
 
     .. math::
 
@@ -26,25 +26,25 @@ class GAM(SharpnessAware):
         e_1 &= \rho_n \, h / (\lVert h \rVert + \epsilon), \quad h = g_1 - g_0, & g_2 &\text{ at } w + e_1 \\
         e_2 &= \rho \, g_2 / (\lVert g_2 \rVert + \epsilon), & g_3 &\text{ at } w + e_1 + e_2
 
-    are decomposed: with :math:`p = g_0 + |\beta_2| g_2` and :math:`q = \beta_1 g_1 + \beta_3 g_3`
+    They are decomposed, with :math:`p = g_0 + |\beta_2| g_2` and :math:`q = \beta_1 g_1 + \beta_3 g_3`:
 
     .. math::
 
         d = q - \gamma \left( p - \cos(p, q) \lVert p \rVert \frac{q}{\lVert q \rVert + \epsilon} \right), \qquad
         w \leftarrow \text{base}(w, d)
 
-    so that the part of p that q does not explain is descended no further.
+    The part of p that is orthogonal to q is subtracted, so the step does not descend along it.
 
     Args:
-        grad_rho: :math:`\rho`, the radius of the gradient ascent steps, > 0. Per group if set there.
-        grad_norm_rho: :math:`\rho_n`, the radius of the step up the gradient norm, > 0. Per group if set there.
-        grad_beta_1: :math:`\beta_1`, weight of :math:`g_1`. With the published settings' two numbers ``beta_0`` and
+        grad_rho: :math:`\rho`, the radius of the gradient ascent steps, > 0. May be set per group.
+        grad_norm_rho: :math:`\rho_n`, the radius of the step up the gradient norm, > 0. May be set per group.
+        grad_beta_1: :math:`\beta_1`, weight of :math:`g_1`. The published settings have two numbers, ``beta_0`` and
             ``beta_1``: this is ``beta_1``, ``grad_beta_2 = 1 - beta_0`` and ``grad_beta_3 = 1 - beta_1``.
         grad_beta_2: :math:`\beta_2`, weight of :math:`g_2`.
         grad_beta_3: :math:`\beta_3`, weight of :math:`g_3`.
         grad_gamma: :math:`\gamma`, strength of the decomposition, >= 0.
-        epsilon: added to every norm divided by, >= 0.
-        adaptive: every radius in the scale of the weights at the point its step starts from: w for :math:`e_0` and
+        epsilon: added to every norm in a denominator, >= 0.
+        adaptive: measure every radius in the scale of the weights where its step starts: w for :math:`e_0` and
             :math:`e_1`, :math:`w + e_1` for :math:`e_2`.
 
     All four passes are unsynchronised over ranks, and the direction is averaged once; ``sync_first_pass=True``
@@ -58,7 +58,7 @@ class GAM(SharpnessAware):
         subtraction; here offsets are absolute and the weights are restored bit for bit.
 
     Raises:
-        ValueError: a hyper-parameter out of its range.
+        ValueError: a hyper-parameter is out of its range.
 
     Example:
         >>> from composer_sam import GAM
@@ -94,8 +94,8 @@ class GAM(SharpnessAware):
             return offset(subtract(g1, g0).donate(), self.grad_norm_rho)
 
         g2 = yield Pass(at=up_the_norm().donate(), sync=sync)
-        e1 = up_the_norm()  # computed again, rather than kept in memory through a pass
-        p = axpy(each(abs, self.grad_beta_2), g2, g0.donate())
+        e1 = up_the_norm()  # computed again instead of kept in memory during a pass
+        p = axpy(each(_magnitude, self.grad_beta_2), g2, g0.donate())
         e2 = offset(g2.donate(), self.grad_rho, start=e1)
         g3 = yield Pass(at=add(e1.donate(), e2.donate()).donate(), sync=sync)
         q = axpy(self.grad_beta_3, g3, scale(g1.donate(), self.grad_beta_1).donate())
@@ -103,3 +103,7 @@ class GAM(SharpnessAware):
         orthogonal = reject(p.donate(), q, self.epsilon)
         direction = subtract(q.donate(), scale(orthogonal.donate(), self.grad_gamma))
         return Direction(direction if sync else step.mean(direction))
+
+
+def _magnitude(beta: float) -> float:
+    return abs(beta)

@@ -1,4 +1,4 @@
-"""Declaring hyper-parameters, with their ranges, and checking their values."""
+"""Declarations of hyper-parameters with their ranges, and checks of their values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Range:
         gt: exclusive lower bound.
         ge: inclusive lower bound.
         lt: exclusive upper bound.
-        per_group: whether parameter groups may set it for themselves.
+        per_group: whether parameter groups may set their own value.
     """
 
     gt: float | None = None
@@ -36,12 +36,12 @@ class Range:
         return tuple((sign, bound) for sign, bound in signs if bound is not None)
 
     def check(self, name: str, value: object) -> float:
-        """The value as a number.
+        """Return the value as a number.
 
         Raises:
-            ValueError: it is not a finite number within the bounds.
+            ValueError: the value is not a finite number within the bounds.
         """
-        size = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+        size = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
         if (
             not math.isfinite(size)
             or (self.gt is not None and size <= self.gt)
@@ -68,7 +68,7 @@ def hyperparameter(
         gt: exclusive lower bound.
         ge: inclusive lower bound.
         lt: exclusive upper bound.
-        per_group: whether parameter groups may set it for themselves.
+        per_group: whether parameter groups may set their own value.
     """
     return dataclasses.field(default=default, metadata={'range': Range(gt, ge, lt, per_group)})
 
@@ -79,12 +79,12 @@ def choice(default: str, *others: str) -> Any:
 
 
 def numeric(method: type[Any]) -> dict[str, Range]:
-    """The numeric hyper-parameters of a method's class, and their ranges."""
+    """Return the numeric hyper-parameters of a method's class, with their ranges."""
     return {field.name: field.metadata['range'] for field in dataclasses.fields(method) if 'range' in field.metadata}
 
 
 def check_field(field: dataclasses.Field[Any], value: object) -> None:
-    """Check a declared hyper-parameter: its range, its choices, or that a flag is a flag."""
+    """Check a declared hyper-parameter: its range, its choices, or that a flag is true or false."""
     if 'range' in field.metadata and not (value is None and field.default is None):
         field.metadata['range'].check(field.name, value)
     if 'choices' in field.metadata and value not in field.metadata['choices']:
@@ -94,10 +94,10 @@ def check_field(field: dataclasses.Field[Any], value: object) -> None:
 
 
 def check_count(name: str, value: object) -> int:
-    """The value as a number of steps.
+    """Return the value as a number of steps.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the value is not an integer >= 1.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f'{name} must be an integer >= 1, got {value!r}')
@@ -105,13 +105,13 @@ def check_count(name: str, value: object) -> int:
 
 
 def per_parameter(name: str, allowed: Range, default: float, groups: Sequence[tuple[dict[str, Any], int]]) -> Number:
-    """A hyper-parameter that groups set for themselves: one number per parameter.
+    """Return a hyper-parameter that groups set for themselves, as one number per parameter.
 
     Args:
-        name: what it is called.
+        name: its name.
         allowed: its range.
-        default: for groups that do not set it.
-        groups: for each parameter group the values it sets and its number of trainable parameters.
+        default: the value for groups that do not set it.
+        groups: for each parameter group, its own values and its number of trainable parameters.
     """
     values: list[float] = []
     for own, count in groups:

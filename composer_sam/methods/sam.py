@@ -25,25 +25,25 @@ class SAM(SharpnessAware):
         w \leftarrow \text{base}(w, \tilde g)
 
     with g the gradient of the batch at w; ``adaptive`` measures the radius in the scale of the weights,
-    :math:`e = \rho \, w^2 g / (\lVert w g \rVert + \epsilon)`. Weight decay, momentum and learning rate are the base
-    optimizer's, applied once, at w.
+    :math:`e = \rho \, w^2 g / (\lVert w g \rVert + \epsilon)`. The base optimizer applies weight decay, momentum and
+    learning rate, once, at w.
 
     Args:
         rho: radius of the perturbation, :math:`\rho > 0`, in the units of the weights' L2 norm; 0.05 for a perturbation
-            at every step, more for a larger ``interval`` (0.5 at interval 10). May be set per parameter group; the norm
-            remains the one over all parameters.
-        epsilon: added to the norm, :math:`\epsilon \ge 0`. May be set per parameter group.
-        adaptive: measure the radius in the scale of the weights, all of them; :class:`ASAM` treats biases differently.
+            at every step, more for a larger ``interval`` (0.5 at interval 10). May be set per group; the norm is still
+            taken over all parameters.
+        epsilon: added to the norm, :math:`\epsilon \ge 0`. May be set per group.
+        adaptive: measure the radius in the scale of all weights; :class:`ASAM` treats biases differently.
 
     Passes and memory:
         2 passes per perturbing step, one copy of the parameters at the peak, nothing between steps.
 
     Departures:
         The weights are restored bit for bit, where the authors' code and its ports compute (w + e) - e. A zero
-        gradient leaves the weights where they are for any epsilon.
+        gradient leaves the weights unchanged for any epsilon.
 
     Raises:
-        ValueError: a hyper-parameter out of its range.
+        ValueError: a hyper-parameter is out of its range.
 
     Example:
         >>> from composer_sam import SAM

@@ -1,4 +1,4 @@
-"""SAM's magnitude in SGD's direction: one half of what SAM changes."""
+"""SAM's magnitude in SGD's direction: one of the two things that SAM changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ['SAMMagnitude']
 
 @dataclass(eq=False)
 class SAMMagnitude(SharpnessAware):
-    r"""SAM's magnitude in SGD's direction: which half of SAM does the work?
+    r"""SAM's magnitude in SGD's direction, to test which of the two makes SAM better than SGD.
 
     With g the gradient at w, :math:`\tilde g` the gradient at :math:`w + \rho g / (\lVert g \rVert + \epsilon)`, both
     averaged over ranks for the direction,
@@ -26,26 +26,27 @@ class SAMMagnitude(SharpnessAware):
         d = g \, \frac{\lVert \tilde g \rVert}{\lVert g \rVert}, \qquad
         w \leftarrow \text{base}(w, d)
 
-    for ``granularity='global'``; for every parameter's tensor by itself for ``'tensor'``; and
-    :math:`d = \operatorname{sign}(g) |\tilde g|` for ``'elementwise'``. Where a norm divided by is zero, d is zero.
+    for ``granularity='global'``; the same for each parameter's tensor separately for ``'tensor'``; and
+    :math:`d = \operatorname{sign}(g) |\tilde g|` for ``'elementwise'``. Where the norm in a denominator is zero, d is
+    zero.
 
     The study (Luong, 2024) defines the direction of a gradient as g / ||g|| and its magnitude as ||g||, and this class
-    keeps its words. The program that produced its tables works elementwise and has the two names the other way round:
-    its ``SAMDIRECTION`` is ``SAMMagnitude(granularity='elementwise')``.
+    uses these definitions. The program that produced the study's tables works elementwise and swaps the two names: its
+    ``SAMDIRECTION`` is ``SAMMagnitude(granularity='elementwise')``.
 
     Args:
-        rho: radius of the perturbation, :math:`\rho > 0`, in the units of the weights' norm. Per group if set there.
-        granularity: over what a magnitude is taken: ``'global'``, ``'tensor'`` or ``'elementwise'``.
+        rho: radius of the perturbation, :math:`\rho > 0`, in the units of the weights' norm. May be set per group.
+        granularity: what a magnitude is taken over: ``'global'``, ``'tensor'`` or ``'elementwise'``.
         adaptive: measure the radius in the scale of the weights, :math:`e = \rho w^2 g / (\lVert w g \rVert +
             \epsilon)`.
-        epsilon: added to the norm, :math:`\epsilon \ge 0`. Per group if set there.
+        epsilon: added to the norm, :math:`\epsilon \ge 0`. May be set per group.
 
     Passes and memory:
         2 passes per perturbing step, two copies of the parameters at the peak, nothing between steps. Over ranks one
         collective for the first gradient, besides the second backward's own.
 
     Raises:
-        ValueError: a hyper-parameter out of its range.
+        ValueError: a hyper-parameter is out of its range.
 
     Example:
         >>> from composer_sam import SAMMagnitude

@@ -19,30 +19,31 @@ __all__ = ['SGDHess']
 
 @dataclass(eq=False)
 class SGDHess(SharpnessAware):
-    r"""The gradient, larger where the loss curves: SAM's first-order effect on the magnitude, without a perturbation.
+    r"""The gradient scaled up by curvature: SAM's first-order effect on the magnitude, without a perturbation.
 
     .. math::
 
         h = |H v|, \qquad d = g + \rho \, h \odot g, \qquad w \leftarrow \text{base}(w, d)
 
     with H the Hessian of the batch's loss and v one vector of random signs per step (Hutchinson), the same on every
-    rank; h is averaged over the spatial elements of convolution kernels and over ranks before the absolute value.
+    rank. H v is averaged over ranks before the absolute value is taken, and h over the spatial elements of convolution
+    kernels.
 
     Args:
-        rho: strength, :math:`\rho > 0`; 0.05 to 2 in the study. Per group if set there.
-        interval_hessian: compute h every so many steps and keep it in between, >= 1.
+        rho: strength, :math:`\rho > 0`; 0.05 to 2 in the study. May be set per group.
+        interval_hessian: compute h once every so many steps and keep it in between, >= 1.
 
     Passes and memory:
         1 passes per perturbing step, whose backward keeps its graph to be differentiated again: about the time of two
         more passes and the memory of the graph. At the peak four copies of the parameters besides the graph. Between
         steps nothing, or h (one copy, in checkpoints too) where ``interval_hessian`` > 1.
 
-    The backward must be differentiable: under a Trainer it is (``backwards_create_graph``), in a loop of your own call
-    ``loss.backward(create_graph=True)``. v comes from a random stream of its own, seeded by the step's number.
+    The backward must be differentiable. Under a Trainer it is (``backwards_create_graph``); in a loop of your own, call
+    ``loss.backward(create_graph=True)``. v comes from a separate random stream, seeded by the step's number.
 
     Raises:
-        ValueError: a hyper-parameter out of its range; a gradient without graph, a model that cannot be differentiated
-            twice, or parameters sharded by FSDP, at the first step, with the weights as they were.
+        ValueError: a hyper-parameter is out of its range; or at the first step, which leaves the weights unchanged, the
+            gradient has no graph, the model cannot be differentiated twice, or FSDP shards the parameters.
 
     Example:
         >>> from composer_sam import SGDHess
@@ -58,7 +59,7 @@ class SGDHess(SharpnessAware):
 
     paper: ClassVar[str] = 'Luong, 2024, after Yao et al., https://arxiv.org/abs/2006.00719'
     extra_copies: ClassVar[int] = 4
-    # A gradient with a graph cannot be averaged by DistributedDataParallel, so this method averages on every step.
+    # DistributedDataParallel cannot average a gradient with a graph, so this method averages on every step.
     takes_every_step: ClassVar[bool] = True
     _excluded = False
 
@@ -79,17 +80,17 @@ class SGDHess(SharpnessAware):
         return method
 
     def direction(self, step: Step) -> Passes:
-        kept = 'curvature' in step.memory and step.number % self.interval_hessian
-        if self._excluded or kept:
+        if self._excluded:
             grad = yield Pass(sync=False)
-            grad = step.mean(grad)
+            return Direction(step.mean(grad))
+        if 'curvature' in step.memory and step.number % self.interval_hessian:
+            grad = yield Pass(sync=False)
+            grad, curvature = step.mean(grad), step.memory['curvature']
         else:
             grad = yield Pass(sync=False, graph=True)
             grad, product = step.hessian_product(grad, rademacher(step.layout, seed=step.number))
             grad, product = step.mean(grad), step.mean(product)
-        if self._excluded:
-            return Direction(grad)
-        curvature = step.memory['curvature'] if kept else spatial_mean(absolute(step.selected(product)))
+            curvature = spatial_mean(absolute(step.selected(product)))
         if self.interval_hessian > 1:
             step.staged['curvature'] = curvature
         return Direction(add(scale(multiply(curvature, grad), self.rho), grad))

@@ -1,4 +1,4 @@
-"""Which steps are perturbed: an interval, a start and an end; and factors that follow a schedule."""
+"""The steps to perturb, by an interval, a start and an end; and factors that follow a schedule."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ _FACTOR = Range(ge=0)
 
 @runtime_checkable
 class TimeLike(Protocol):
-    """A ``Time`` of Composer's."""
+    """The protocol of Composer's ``Time``."""
 
     def to_timestring(self) -> str: ...
 
 
 @dataclass(frozen=True)
 class Time:
-    """A moment of a run: so many units of it are over.
+    """A moment of a run, as the number of units that are over.
 
     Attributes:
-        value: how many.
-        unit: of a Composer time string: ``'ba'``, ``'ep'``, ``'sp'``, ``'tok'``, ``'iter'``, or ``'dur'`` for the
+        value: number of units.
+        unit: unit of a Composer time string: ``'ba'``, ``'ep'``, ``'sp'``, ``'tok'``, ``'iter'``, or ``'dur'`` for a
             part of the run.
-        text: as the user wrote it.
+        text: the time as the user wrote it.
     """
 
     value: float
@@ -57,10 +57,10 @@ class Time:
 
     @classmethod
     def parse(cls, name: str, given: object) -> Time:
-        """The time that a string, or a ``Time`` of Composer's, says.
+        """Parse a time string or a ``Time`` of Composer.
 
         Raises:
-            ValueError: it says none, or one that ranks and runs would not agree on.
+            ValueError: it is not a time, or ranks and runs would not agree on it.
         """
         written = given.to_timestring() if isinstance(given, TimeLike) else given
         text = written if isinstance(written, str) else ''
@@ -76,7 +76,7 @@ class Time:
         return cls(value, unit, text)
 
     def reached(self, moment: Moment) -> bool:
-        """Whether so much of the run is over."""
+        """Return whether the run has reached this time."""
         return moment.elapsed(self.unit) >= self.value
 
 
@@ -85,9 +85,9 @@ class Window:
     """The steps that are perturbed.
 
     Attributes:
-        interval: every how many steps.
+        interval: number of steps from one perturbed step to the next.
         start: the first moment; None for the beginning.
-        end: the first moment after the last; None for the end of the run.
+        end: the first moment at which no step is perturbed any more; None for the end of the run.
     """
 
     interval: int
@@ -96,10 +96,10 @@ class Window:
 
     @classmethod
     def of(cls, interval: object, start: object, end: object) -> Window:
-        """The window that a method's arguments say.
+        """Return the window that a method's arguments describe.
 
         Raises:
-            ValueError: one of them is out of its range, or no step can lie in it.
+            ValueError: an argument is out of its range, or no step can be in the window.
         """
         steps = check_count('interval', interval)
         first = None if start is None else Time.parse('start', start)
@@ -109,7 +109,7 @@ class Window:
         return cls(steps, first, last)
 
     def holds(self, moment: Moment) -> bool:
-        """Whether the step at ``moment`` is perturbed."""
+        """Return whether the step at ``moment`` is perturbed."""
         if (moment.batch + 1) % self.interval:
             return False
         started = self.start is None or self.start.reached(moment)
@@ -122,12 +122,12 @@ class Window:
         return tuple((name, time) for name, time in pairs if time is not None)
 
     def check_alone(self) -> None:
-        """Raise ValueError for a bound that only a trainer can tell."""
+        """Raise ValueError for a bound in a unit that only a trainer can measure."""
         for name, time in self.bounds:
             if time.unit != 'ba':
                 raise ValueError(
-                    f'{name}={time.text!r} needs a Trainer to tell the time: '
-                    f"without one give {name} in steps, for example '500ba'"
+                    f'{name}={time.text!r} needs a Trainer to measure it: '
+                    f"without one, give {name} in steps, for example '500ba'"
                 )
 
     def check_run(self, method: str, run: str, part: Callable[[float, str], float | None]) -> None:
@@ -135,11 +135,11 @@ class Window:
 
         Args:
             method: the method's name, for the log.
-            run: the run's length in words.
-            part: the part of the run that is over when so many of a unit are; None where nobody can tell.
+            run: the run's length, as text for messages.
+            part: returns the part of the run that a number of units makes up, or None if it is unknown.
 
         Raises:
-            ValueError: no step of the run lies in the window, or a bound is a part of a run that has no length.
+            ValueError: no step of the run is in the window, or a bound is a part of a run that has no length.
         """
         parts = {name: part(time.value, time.unit) for name, time in self.bounds}
         for name, time in self.bounds:
@@ -159,11 +159,11 @@ class Window:
 
 
 def check_schedules(method: str, schedules: Schedules, known: list[str]) -> None:
-    """Raise ValueError for a schedule that no hyper-parameter can follow.
+    """Raise ValueError for a schedule of an unknown hyper-parameter, or one that cannot be called.
 
     Args:
         method: the method's name.
-        schedules: by hyper-parameter.
+        schedules: the schedules by hyper-parameter name.
         known: the names of the numeric hyper-parameters that have a value.
     """
     for name, schedule in schedules.items():
@@ -178,16 +178,17 @@ def check_schedules(method: str, schedules: Schedules, known: list[str]) -> None
 def check_schedules_alone(schedules: Schedules) -> None:
     """Raise ValueError for a schedule that needs a trainer."""
     for name, schedule in schedules.items():
-        # By name: Composer need not be installed. Its schedulers name this protocol as their base.
-        if any(base.__qualname__ == 'ComposerScheduler' for base in type(schedule).__mro__):
+        # By name, because Composer need not be installed. Its schedulers have this protocol as a base class.
+        kind: type = type(schedule)
+        if any(base.__qualname__ == 'ComposerScheduler' for base in kind.__mro__):
             raise ValueError(
                 f'schedules[{name!r}] is a Composer scheduler, which needs a Trainer: '
-                'without one give a callable of the timestamp'
+                'without one, give a callable of the timestamp'
             )
 
 
 def factor_of(name: str, schedule: Schedule, moment: Moment) -> float:
-    """The factor of a hyper-parameter at a moment; 0 is allowed, where a radius starts or ends.
+    """Return the factor of a hyper-parameter at a moment; 0 is allowed, so that a radius may start or end at 0.
 
     Raises:
         ValueError: the schedule's value is not a finite number >= 0.

@@ -16,7 +16,7 @@ __all__ = ['WSAM']
 
 @dataclass(eq=False)
 class WSAM(SharpnessAware):
-    r"""Weighted SAM: sharpness as a regulariser with a weight of its own, decoupled from the base optimizer if wished.
+    r"""Weighted SAM: sharpness is a regulariser with its own weight, optionally decoupled from the base optimizer.
 
     .. math::
 
@@ -31,15 +31,16 @@ class WSAM(SharpnessAware):
         \text{decoupled: } \quad w \leftarrow \text{base}(w, G) - \text{lr} \, \alpha \, (\tilde G - G), \qquad
         \text{coupled: } \quad w \leftarrow \text{base}(w, (1 - \alpha) G + \alpha \tilde G)
 
-    e is made of the unclipped gradient. ``gamma=0.5`` coupled is SAM, ``gamma=0`` the base optimizer at twice the cost.
+    e uses the unclipped gradient. Coupled with ``gamma=0.5`` this is SAM; ``gamma=0`` is the base optimizer at twice
+    the cost.
 
     Args:
-        rho: radius of the perturbation, :math:`\rho > 0`, in the units of the weights' norm. Per group if set there.
-        gamma: weight of the sharpness, :math:`0 \le \gamma < 1`. Per group if set there.
-        epsilon: added to the norm, :math:`\epsilon \ge 0`. Per group if set there.
+        rho: radius of the perturbation, :math:`\rho > 0`, in the units of the weights' norm. May be set per group.
+        gamma: weight of the sharpness, :math:`0 \le \gamma < 1`. May be set per group.
+        epsilon: added to the norm, :math:`\epsilon \ge 0`. May be set per group.
         adaptive: measure the radius in the scale of the weights, :math:`e = \rho w^2 g / (\lVert w g \rVert +
             \epsilon)`.
-        decouple: apply the sharpness term beside the base optimizer, with no momentum and no preconditioner.
+        decouple: apply the sharpness term after the base optimizer's step, without momentum or preconditioner.
         max_norm: clip both averaged gradients to this norm, > 0, as ``torch.nn.utils.clip_grad_norm_`` does.
 
     Passes and memory:
@@ -48,10 +49,10 @@ class WSAM(SharpnessAware):
 
     Departures:
         The authors' code keeps the gradient of an earlier ``backward`` and adds to it, which doubles the first
-        gradient; here each pass stands alone. The weights are restored bit for bit.
+        gradient; here the passes are independent. The weights are restored bit for bit.
 
     Raises:
-        ValueError: a hyper-parameter out of its range.
+        ValueError: a hyper-parameter is out of its range.
 
     Example:
         >>> from composer_sam import WSAM
@@ -80,9 +81,17 @@ class WSAM(SharpnessAware):
         if self.max_norm is not None:
             mean_grad = clip(mean_grad.donate(), self.max_norm)
             ascent_grad = clip(ascent_grad.donate(), self.max_norm)
-        alpha = each(lambda gamma: gamma / (1 - gamma), self.gamma)
+        alpha = each(_odds, self.gamma)
         if self.decouple:
             sharpness = subtract(ascent_grad.donate(), mean_grad)
             return Direction(mean_grad, decoupled=scale(sharpness.donate(), alpha))
-        plain = scale(mean_grad.donate(), each(lambda a: 1 - a, alpha))
+        plain = scale(mean_grad.donate(), each(_complement, alpha))
         return Direction(axpy(alpha, ascent_grad, plain.donate()))
+
+
+def _odds(gamma: float) -> float:
+    return gamma / (1 - gamma)
+
+
+def _complement(alpha: float) -> float:
+    return 1 - alpha

@@ -1,31 +1,181 @@
-"""Finds a component by its name and checks its arguments against its signature, before anything is built."""
+"""Finding the classes that a recipe names, and constructing them with the arguments it gives."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
-from composer.core import Time
-from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
+import composer.algorithms
+import composer.callbacks
+import composer.loggers
+import composer.optim
+import torch
+from composer import Trainer
+from composer.core import Algorithm, Callback
+from composer.loggers import LoggerDestination
+from composer.optim import ComposerScheduler
+from composer.utils.parallelism import FSDP2Config, FSDPConfig, ParallelismConfig
 
-from composer_sam.methods.window import TimeLike
+import composer_sam.trainers.composer
+from composer_sam.methods import registry
+from composer_sam.methods.base import SharpnessAware
+from composer_sam.methods.hyperparameters import numeric
+from composer_sam.recipes.arguments import check_arguments, construct
 from composer_sam.recipes.errors import RecipeError, unknown
+from composer_sam.recipes.schema import Arguments, Recipe
 
-__all__ = ['canonical', 'check_arguments', 'check_time', 'classes', 'construct', 'find']
+__all__ = ['Components', 'build_components', 'build_optimizer', 'build_parallelism', 'trainer_arguments']
+
+T = TypeVar('T')
+
+# Arguments of the Trainer that are keys of a recipe; the section ``trainer`` takes all others.
+_SET_BY_RECIPE = (
+    'self',
+    *('model', 'train_dataloader', 'eval_dataloader', 'optimizers', 'schedulers'),
+    *('algorithms', 'callbacks', 'loggers', 'max_duration', 'eval_interval', 'run_name', 'seed'),
+    *('load_path', 'save_folder', 'save_interval', 'autoresume'),
+    *('parallelism_config', 'device', 'precision', 'device_train_microbatch_size'),
+)
 
 
-def canonical(name: str) -> str:
-    """The form in which names are compared: ``gradient_clipping``, ``GradientClipping`` are the same."""
-    return name.replace('_', '').replace('-', '').lower()
+@dataclass(frozen=True)
+class Components:
+    """The components of a Trainer that do not depend on its model."""
+
+    algorithms: list[Algorithm | SharpnessAware]
+    callbacks: list[Callback]
+    loggers: list[LoggerDestination]
+    scheduler: ComposerScheduler | None
 
 
-def classes(*modules: ModuleType, of: type, suffix: str = '') -> dict[str, type]:
-    """The public concrete subclasses of ``of`` in ``modules`` by name without ``suffix``; the first module wins."""
-    found: dict[str, type] = {}
+def build_components(recipe: Recipe) -> Components:
+    """Construct the algorithms, callbacks, loggers and the scheduler of a recipe.
+
+    Raises:
+        RecipeError: an unknown name or argument, an argument that a constructor refuses, a component that is named
+            twice, or two methods.
+    """
+    methods: dict[str, type[Algorithm] | type[SharpnessAware]] = {**registry}
+    algorithms = _build_section(
+        'algorithms',
+        recipe.algorithms,
+        {**_classes(composer.algorithms, of=Algorithm), **methods},  # a method replaces Composer's of the same name
+    )
+    named = [
+        name for name, built in zip(recipe.algorithms, algorithms, strict=True) if isinstance(built, SharpnessAware)
+    ]
+    if len(named) > 1:
+        raise RecipeError(
+            f'algorithms.{named[1]}: only one method can wrap the optimizer, and there is algorithms.{named[0]}; '
+            f'keep one of them ({named[0]}: null removes an inherited one)'
+        )
+    callbacks = _classes(composer.callbacks, composer_sam.trainers.composer, of=Callback)
+    loggers = _classes(composer.loggers, of=LoggerDestination, suffix='Logger')
+    return Components(
+        algorithms=algorithms,
+        callbacks=_build_section('callbacks', recipe.callbacks, callbacks),
+        loggers=_build_section('loggers', recipe.loggers, loggers),
+        scheduler=_build_scheduler(recipe),
+    )
+
+
+def build_optimizer(recipe: Recipe, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """Construct the base optimizer of a recipe for the given parameters."""
+    available = _classes(torch.optim, composer.optim, of=torch.optim.Optimizer)
+    optimizer, arguments = _split_name('optimizer', recipe.optimizer, available)
+    checked = check_arguments('optimizer', optimizer, arguments, provided=('params',))
+    return construct('optimizer', optimizer, list(parameters), **checked)
+
+
+def build_parallelism(recipe: Recipe) -> ParallelismConfig | None:
+    """Construct the parallelism configuration of a recipe, None if the recipe has none."""
+    configs: dict[str, type[FSDPConfig] | type[FSDP2Config]] = {'fsdp': FSDPConfig, 'fsdp2': FSDP2Config}
+    built: dict[str, Any] = {}
+    for name, arguments in recipe.parallelism.items():
+        # FSDPConfig accepts any keyword, so the arguments are checked against its declared fields.
+        known = {field.name for field in dataclasses.fields(configs[name]) if not field.name.startswith('_')}
+        for argument, value in arguments.items():
+            if argument not in known:
+                raise unknown('key', f'parallelism.{name}.{argument}', value, argument, known)
+        built[name] = construct(f'parallelism.{name}', configs[name], **arguments)
+    return ParallelismConfig(**built) if built else None
+
+
+def trainer_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Return the checked arguments of the section ``trainer``."""
+    return check_arguments('trainer', Trainer.__init__, recipe.trainer, provided=_SET_BY_RECIPE)
+
+
+def _build_section(section: str, given: Mapping[str, Arguments], available: Mapping[str, type[T]]) -> list[T]:
+    """Construct the components of a section that maps names to arguments."""
+    built: list[T] = []
+    named: dict[type[T], str] = {}
+    for name, arguments in given.items():
+        key = f'{section}.{name}'
+        component = _find(key, name, available)
+        if component in named:
+            raise RecipeError(f'{key}: names the same component as {section}.{named[component]}; keep one of them')
+        named[component] = name
+        built.append(_build_component(key, component, arguments))
+    return built
+
+
+def _build_component(key: str, component: type[T], arguments: Arguments) -> T:
+    built: dict[str, Any] = {}
+    if issubclass(component, SharpnessAware) and 'schedules' in arguments:
+        built['schedules'] = _build_schedules(f'{key}.schedules', component, arguments['schedules'])
+    given = {name: value for name, value in arguments.items() if name not in built}
+    return construct(key, component, **check_arguments(key, component, given), **built)
+
+
+def _build_schedules(key: str, method: type[SharpnessAware], schedules: Any) -> dict[str, ComposerScheduler]:
+    """Construct the schedulers of hyper-parameters from ``{rho: {cosine_annealing: {t_max: 1dur}}}``."""
+    example = 'such as {rho: {cosine_annealing: {t_max: 1dur}}}'
+    if not isinstance(schedules, dict):
+        raise RecipeError(f'{key}: must be a scheduler for each hyper-parameter, {example}, got {schedules!r}')
+    known = list(numeric(method))
+    built: dict[str, ComposerScheduler] = {}
+    for hyperparameter, section in schedules.items():
+        inner = f'{key}.{hyperparameter}'
+        if hyperparameter not in known:
+            raise unknown('hyper-parameter', inner, section, str(hyperparameter), known)
+        if not isinstance(section, dict) or len(section) != 1:
+            raise RecipeError(f'{inner}: must be one scheduler by name, {example}, got {section!r}')
+        ((name, arguments),) = section.items()
+        inner = f'{inner}.{name}'
+        scheduler = _find(inner, name, _schedulers())
+        if not isinstance(arguments, dict):
+            raise RecipeError(f'{inner}: must be a mapping of its arguments, {{}} for none, got {arguments!r}')
+        built[hyperparameter] = construct(inner, scheduler, **check_arguments(inner, scheduler, arguments))
+    return built
+
+
+def _build_scheduler(recipe: Recipe) -> ComposerScheduler | None:
+    if not recipe.scheduler:
+        return None
+    scheduler, arguments = _split_name('scheduler', recipe.scheduler, _schedulers())
+    return construct('scheduler', scheduler, **check_arguments('scheduler', scheduler, arguments))
+
+
+def _schedulers() -> dict[str, type[ComposerScheduler]]:
+    return _classes(composer.optim, of=ComposerScheduler, suffix='Scheduler')
+
+
+def _split_name(key: str, section: Arguments, available: Mapping[str, type[T]]) -> tuple[type[T], Arguments]:
+    """Return the class that the key ``name`` of a section names, and the other keys."""
+    if 'name' not in section:
+        raise RecipeError(f'{key}.name: is required; valid: {", ".join(sorted(available))}')
+    found = _find(f'{key}.name', section['name'], available)
+    return found, {name: value for name, value in section.items() if name != 'name'}
+
+
+def _classes(*modules: ModuleType, of: type[T], suffix: str = '') -> dict[str, type[T]]:
+    """Return the public subclasses of ``of`` in the modules by name without ``suffix``; the first module wins."""
+    found: dict[str, type[T]] = {}
     for module in modules:
         for name in getattr(module, '__all__', dir(module)):
             member = getattr(module, name)
@@ -34,93 +184,15 @@ def classes(*modules: ModuleType, of: type, suffix: str = '') -> dict[str, type]
     return found
 
 
-def find(key: str, name: Any, available: Mapping[str, type]) -> type:
-    """The class called ``name``, ignoring case and underscores."""
+def _find(key: str, name: Any, available: Mapping[str, type[T]]) -> type[T]:
+    """Return the class called ``name``; case, underscores and hyphens do not matter."""
     if not isinstance(name, str):
         raise RecipeError(f'{key}: must be a name, got {name!r}')
     for candidate, found in available.items():
-        if canonical(name) in (canonical(candidate), canonical(found.__name__)):
+        if _canonical(name) in (_canonical(candidate), _canonical(found.__name__)):
             return found
     raise unknown('name', key, name, name, available)
 
 
-def check_arguments(
-    key: str,
-    target: Callable[..., Any],
-    arguments: Mapping[str, Any],
-    provided: Iterable[str] = (),
-) -> dict[str, Any]:
-    """Checks the ``arguments`` at the dotted ``key`` against the signature of ``target``.
-
-    Args:
-        key: Where the arguments stand in the recipe, for the error.
-        target: What will be called with them.
-        arguments: What the recipe gives.
-        provided: Parameters that are filled in by the program and so not open to the recipe.
-
-    Returns:
-        The arguments, with lists made tuples where the signature asks for tuples.
-    """
-    closed = set(provided)
-    parameters = {name: p for name, p in inspect.signature(target).parameters.items() if name not in closed}
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    named = {name: p for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    hints = _hints(target)
-    checked = {}
-    for name, value in arguments.items():
-        if name in closed:
-            raise RecipeError(f'{key}.{name}: is filled in by the recipe itself and cannot be set (value {value!r})')
-        if name not in named and not takes_any:
-            raise unknown('key', f'{key}.{name}', value, str(name), named)
-        checked[name] = _check_type(f'{key}.{name}', value, hints[name]) if name in hints else value
-    for name, parameter in named.items():
-        if parameter.default is parameter.empty and name not in arguments:
-            raise RecipeError(f'{key}.{name}: is required by {getattr(target, "__name__", target)}')
-    return checked
-
-
-def construct(key: str, target: Callable[..., Any], /, *positional: Any, **arguments: Any) -> Any:
-    """Calls ``target``; what its constructor refuses becomes an error at the dotted ``key``."""
-    try:
-        return target(*positional, **arguments)
-    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        raise RecipeError(f'{key}: {error}') from error
-
-
-def check_time(key: str, value: int | str) -> None:
-    """Checks that a string is one of Composer's durations, such as ``90ep`` or ``0.5dur``."""
-    if isinstance(value, str):
-        try:
-            Time.from_timestring(value)
-        except (ValueError, TypeError):
-            raise RecipeError(f"{key}: {value!r} is not a duration; write '90ep', '500ba' or '0.5dur'") from None
-
-
-def _hints(target: Callable[..., Any]) -> dict[str, Any]:
-    """The evaluated annotations of a signature.
-
-    Those of a dataclass are read off the class, as inherited fields must be evaluated in the module that declares
-    them. Annotations that exist for type checkers alone cannot be evaluated; the constructor is then the only judge.
-    """
-    source = target if dataclasses.is_dataclass(target) or not inspect.isclass(target) else target.__init__
-    try:
-        return typing.get_type_hints(source)
-    except (NameError, TypeError):
-        return {}
-
-
-def _check_type(key: str, value: Any, hint: Any) -> Any:
-    try:
-        adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, strict=True))
-    except (PydanticSchemaGenerationError, PydanticUserError):
-        return value  # an annotation beyond what can be checked: the constructor is the judge
-    for candidate in (value, tuple(value)) if isinstance(value, list) else (value,):
-        try:
-            checked = adapter.validate_python(candidate)
-        except ValidationError:
-            continue
-        if any(arg in (Time, TimeLike) or typing.get_origin(arg) is Time for arg in typing.get_args(hint)):
-            check_time(key, checked)
-        return checked
-    name = hint.__name__ if inspect.isclass(hint) else str(hint).replace('typing.', '')
-    raise RecipeError(f'{key}: {value!r} is of the wrong type, expected {name}')
+def _canonical(name: str) -> str:
+    return name.replace('_', '').replace('-', '').lower()

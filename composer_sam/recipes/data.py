@@ -1,4 +1,4 @@
-"""The data sets a recipe can name, as loaders that hand out whole batches."""
+"""The data sets that a recipe can name, as loaders of whole batches."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import datasets
 from torchvision.transforms import v2
 
+from composer_sam.extras import extra
 from composer_sam.recipes.errors import RecipeError
 from composer_sam.recipes.schema import Cifar, DataSection, Digits, ImageFolder
 
@@ -25,7 +26,7 @@ Transform = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Data:
-    """A training and a test loader, and what a model must know of them."""
+    """A training and a test loader, with the number of classes and the shape of an image (channels, height, width)."""
 
     train: DataLoader
     test: DataLoader
@@ -34,17 +35,17 @@ class Data:
 
 
 class Images(Dataset):
-    """Images and labels that are fetched a batch at a time.
+    """A data set of images and labels that returns a batch at a time.
 
-    Fetching, converting and normalising a batch at once spares the per-sample collation that dominates a step of a
-    small network. Augmentation is drawn for every image on its own.
+    The per-sample collation of a loader takes most of the time of a step of a small network. Here a batch is read,
+    converted and normalised at once. Random augmentation is drawn for every image separately.
 
     Args:
-        images: A tensor of all images, or a sequence that reads one at a time.
-        labels: Their classes.
-        augment: Random transform of one image.
-        finish: Deterministic transform of a batch, last.
-        plain: Deterministic transform that takes the place of ``augment`` where these images are tested on.
+        images: a tensor of all images, or a sequence that reads one image at a time.
+        labels: the classes of the images.
+        augment: a random transform of one image.
+        finish: a deterministic transform of a batch, applied last.
+        plain: a deterministic transform of one image that replaces ``augment`` if the images serve for testing.
     """
 
     def __init__(
@@ -78,13 +79,13 @@ class Images(Dataset):
         return images if self.finish is None else self.finish(images), self.labels[indices]
 
     def held_out(self, fraction: float, seed: int) -> tuple[Images, Images]:
-        """These images without a ``fraction`` of them, drawn by ``seed``, and those, not augmented."""
+        """Split off a random ``fraction`` of the images: return the others, and the fraction without augmentation."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         few = round(fraction * len(self))
         chosen, rest = (part.sort().values for part in (order[:few], order[few:]))
 
         def part(indices: Tensor, augment: Transform | None) -> Images:
-            # A subset asks of its data set no more than a sequence has.
+            # A Subset needs no more of its data set than the methods of a sequence.
             source: Any = self.images
             images = source[indices] if isinstance(source, Tensor) else Subset(source, indices.tolist())
             return Images(images, self.labels[indices], augment, self.finish, self.plain)
@@ -93,12 +94,15 @@ class Images(Dataset):
 
 
 def build_data(section: DataSection, seed: int, pin_memory: bool = False) -> Data:
-    """Builds the loaders a recipe's ``data`` section asks for.
+    """Build the loaders of the section ``data`` of a recipe.
 
     Args:
-        section: The section.
-        seed: Seed of the order of the batches and of augmentation in worker processes.
-        pin_memory: Whether batches are to be copied to a GPU.
+        section: the section.
+        seed: the seed of the order of the batches, of the validation images and of augmentation in worker processes.
+        pin_memory: whether batches will be copied to a GPU.
+
+    Raises:
+        RecipeError: the data cannot be read, or is too small for the batch size or the validation fraction.
     """
     world_size = dist.get_world_size()
     if section.batch_size % world_size:
@@ -126,20 +130,20 @@ def build_data(section: DataSection, seed: int, pin_memory: bool = False) -> Dat
         raise RecipeError(f'data.batch_size: {section.batch_size} is more than the {len(train)} training images')
 
     channels, height, width = test[0][0].shape
-    # Composer warns of a batch that is smaller than what the loader was made for.
+    # Composer warns about a batch that is smaller than the batch size of the loader.
     eval_batch_size = min(section.eval_batch_size or section.batch_size, len(test))
 
     def loader(images: Images, batch_size: int, training: bool) -> DataLoader:
         return DataLoader(
             images,
             batch_size=batch_size,
-            # Composer tells a DistributedSampler the epoch, so the order depends on the seed and the epoch alone.
+            # Composer sets the epoch of a DistributedSampler, so the order depends on the seed and the epoch only.
             sampler=dist.get_sampler(images, shuffle=training, seed=seed),
             drop_last=training and section.drop_last,
             collate_fn=_whole_batch,
             num_workers=section.num_workers,
             pin_memory=pin_memory,
-            # Its own generator: seeding the workers takes nothing from the random stream that training draws from.
+            # With a generator of its own, the seeds of the workers are not drawn from the random stream of training.
             generator=torch.Generator().manual_seed(seed + dist.get_global_rank()),
         )
 
@@ -152,7 +156,7 @@ def build_data(section: DataSection, seed: int, pin_memory: bool = False) -> Dat
 
 
 def noisy_labels(labels: Tensor, num_classes: int, fraction: float, seed: int) -> Tensor:
-    """Replaces a ``fraction`` of the ``labels``, rounded to whole labels, by a different class drawn uniformly."""
+    """Return the labels with a ``fraction`` of them, rounded to whole labels, replaced by another random class."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(labels), generator=generator)[: round(fraction * len(labels))]
     shift = torch.randint(1, num_classes, (len(chosen),), generator=generator) if num_classes > 1 else 0
@@ -162,17 +166,18 @@ def noisy_labels(labels: Tensor, num_classes: int, fraction: float, seed: int) -
 
 
 def _whole_batch(batch: Any) -> Any:
-    """Stands in for collation: :class:`Images` hands out a batch, not a list of samples."""
+    """Replace collation: :class:`Images` returns a batch and not a list of samples."""
     return batch
 
 
 def _digits(section: Digits) -> tuple[Images, Images, int]:
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    with extra('composer', 'the data set digits'):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
 
     pixels, labels = load_digits(return_X_y=True)
     split: list[Any] = train_test_split(
-        torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16,  # the pixels count from 0 to 16
+        torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16,  # pixels are integers from 0 to 16
         torch.tensor(labels, dtype=torch.int64),
         test_size=section.test_fraction,
         random_state=section.split_seed,
@@ -201,7 +206,7 @@ def _cifar(section: Cifar) -> tuple[Images, Images, int]:
 
 
 class _Folder(Sequence[Tensor]):
-    """Reads the images of a ``torchvision.datasets.ImageFolder`` from disk one at a time."""
+    """The images of a ``torchvision.datasets.ImageFolder``, read from disk one at a time."""
 
     def __init__(self, source: datasets.ImageFolder, prepare: Transform | None) -> None:
         self.source = source
@@ -253,7 +258,7 @@ def _image_folder(section: ImageFolder) -> tuple[Images, Images, int]:
 
 
 def _read_all(images: Sequence[Tensor]) -> Tensor:
-    # Decoding is half Python: more threads only wait for each other, and several runs may share the cores.
+    # About half of the decoding holds the GIL, so more threads do not help, and several runs may share the cores.
     with ThreadPoolExecutor(min(4, torch.get_num_threads())) as threads:
         return torch.stack(list(threads.map(images.__getitem__, range(len(images)))))
 

@@ -1,4 +1,4 @@
-"""Records what a run's summary and curves are made of."""
+"""A callback that records the learning curves of a run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ __all__ = ['History', 'is_finished']
 
 
 class History(Callback):
-    """Keeps the training loss of every epoch, the result of every test and the time per step.
+    """A callback that records the training loss of every epoch, the result of every test and the time per step.
 
     Attributes:
-        train: ``epoch`` and ``loss``, the mean over the epoch's steps.
-        test: ``epoch``, ``accuracy`` and ``loss``.
+        train: the columns ``epoch`` and ``loss``, the mean loss over the steps of the epoch.
+        test: the columns ``epoch``, ``accuracy`` and ``loss``.
+        steps: the number of steps that this process has trained.
     """
 
     def __init__(self) -> None:
@@ -33,9 +34,9 @@ class History(Callback):
 
     @property
     def seconds_per_step(self) -> float:
-        """Mean wall-clock time of a step, loading its batch included and testing not.
+        """The mean wall-clock time of a step, with loading the batch and without testing.
 
-        The first step sets up memory and threads and is left out, where there are others.
+        The first step, which sets up memory and threads, is left out if there are others.
         """
         counted = self._seconds[1:] or self._seconds
         return sum(counted) / len(counted) if counted else float('nan')
@@ -70,17 +71,17 @@ class History(Callback):
 
 
 def is_finished(state: State) -> bool:
-    """Whether training has come to its ``max_duration``."""
+    """Return whether training has reached its ``max_duration``."""
     return state.max_duration is not None and state.timestamp.get(state.max_duration.unit) >= state.max_duration
 
 
 def _summary(state: State) -> tuple[float, float]:
-    """Accuracy and cross-entropy of the newest test."""
+    """Return the accuracy and the cross-entropy of the last test."""
     values: dict[str, Any] = state.eval_metric_values
     return float(values['MulticlassAccuracy']), float(values['CrossEntropy'])
 
 
 def _epochs(state: State) -> float:
-    """How many epochs have been trained, counting a part of one."""
+    """Return the number of trained epochs, with a fraction for the current one."""
     steps_per_epoch = len(state.train_dataloader)  # pyright: ignore[reportArgumentType]
     return state.timestamp.epoch.value + state.timestamp.batch_in_epoch.value / steps_per_epoch

@@ -1,4 +1,4 @@
-"""From YAML files and command-line overrides to one plain mapping."""
+"""From YAML files and command-line overrides to a checked recipe."""
 
 from __future__ import annotations
 
@@ -11,25 +11,50 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from composer_sam.recipes.check import check_recipe
 from composer_sam.recipes.errors import RecipeError, nearest
+from composer_sam.recipes.models import plain_models
+from composer_sam.recipes.schema import Recipe, parse_recipe
 
-__all__ = ['COMPONENT_SECTIONS', 'is_override', 'load_mapping']
+__all__ = ['COMPONENT_SECTIONS', 'is_override', 'load_mapping', 'load_recipe']
 
-# Sections that map a component's name to its arguments; here a null removes a component inherited from the base.
+# Sections that map the name of a component to its arguments. In them null removes a component inherited from the base.
 COMPONENT_SECTIONS = ('algorithms', 'callbacks', 'loggers')
 
 
 def is_override(argument: str) -> bool:
-    """Whether a command-line ``argument`` is a ``dotted.key=value`` override rather than the path of a file."""
+    """Return whether a command-line argument is a ``dotted.key=value`` override and not the path of a file."""
     return re.match(r'[\w.\-]+=', argument) is not None
+
+
+def load_recipe(
+    path: str | Path,
+    overlays: Sequence[str | Path] = (),
+    overrides: Iterable[str] = (),
+) -> Recipe:
+    """Read, merge and check a recipe without building or training anything.
+
+    Args:
+        path: the YAML file of the recipe.
+        overlays: further YAML files, each merged over the ones before it.
+        overrides: ``dotted.key=value``, merged over all files.
+
+    Raises:
+        RecipeError: a file cannot be read or merged, or a value is not valid.
+    """
+    mapping = load_mapping(path, overlays, overrides)
+    mapping.setdefault('name', Path(path).stem)
+    recipe = parse_recipe(mapping, plain_models())
+    check_recipe(recipe)
+    return recipe
 
 
 def load_mapping(
     path: str | Path, overlays: Sequence[str | Path] = (), overrides: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """Reads a recipe with its bases, lays the overlays and then the overrides over it, and resolves interpolations.
+    """Read a recipe with its bases, merge the overlays and then the overrides, and resolve interpolations.
 
-    A null means "as if the key had not been given": it removes what a base or an earlier overlay has set.
+    A null removes a key that a base or an earlier overlay has set.
     """
     config = OmegaConf.create({})
     for file in (path, *overlays):
@@ -43,7 +68,7 @@ def load_mapping(
 
 
 def _read(path: Path, children: tuple[Path, ...], below: DictConfig) -> DictConfig:
-    """Lays one file, on the file its ``base`` names relative to it, over what is ``below``."""
+    """Merge a file over ``below``, after the file that its ``base`` names (relative to it)."""
     if not path.is_file():
         raise RecipeError(f'recipe {str(path)!r} does not exist{_suggestion(path)}')
     if path.resolve() in children:
@@ -63,7 +88,7 @@ def _read(path: Path, children: tuple[Path, ...], below: DictConfig) -> DictConf
 
 
 def _merge(base: DictConfig, overlay: DictConfig, origin: str) -> DictConfig:
-    """Lays ``overlay`` over ``base``; refuses a null for a component that there is none of to remove."""
+    """Merge ``overlay`` over ``base``; a null for a component that ``base`` does not have is an error."""
     for section in COMPONENT_SECTIONS:
         components = overlay.get(section)
         if not isinstance(components, DictConfig):
@@ -98,7 +123,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _suggestion(path: Path) -> str:
-    """Which recipes there are near a ``path`` that does not exist."""
+    """Return a suggestion of existing recipes for a path that does not exist."""
     existing = next((parent for parent in path.parents if parent.is_dir()), Path())
     found = {str(match) for match in existing.glob('*.yaml')} | {str(match) for match in Path('yamls').rglob('*.yaml')}
     return f'; {nearest(str(path), found)}' if found else ''

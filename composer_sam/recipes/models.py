@@ -1,4 +1,4 @@
-"""The networks a recipe can name, each wrapped for Composer."""
+"""The networks that a recipe can name, as Composer models."""
 
 from __future__ import annotations
 
@@ -22,19 +22,27 @@ from composer_sam.recipes.schema import CNN, MLP, ModelSection, WideResNet
 __all__ = ['WideResidualNetwork', 'build_model', 'cifar_resnet', 'plain_models']
 
 _CIFAR_RESNETS = {f'cifar_resnet{depth}': f'resnet{depth}' for depth in (18, 34, 50)}
-# In training these return their auxiliary classifiers' outputs too, which no ordinary loss understands.
+# In training mode these return the outputs of auxiliary classifiers too, unless they are switched off.
 _WITHOUT_AUXILIARY = {name: {'aux_logits': False, 'init_weights': True} for name in ('googlenet', 'inception_v3')}
 
 
 def plain_models() -> list[str]:
-    """Names of the models that take no options: the CIFAR-stem ResNets and torchvision's classifiers."""
+    """Return the names of the models without options: ResNets with a CIFAR stem and torchvision's classifiers."""
     return [*_CIFAR_RESNETS, *torchvision.models.list_models(module=torchvision.models)]
 
 
 def build_model(section: ModelSection, image_shape: tuple[int, int, int], num_classes: int) -> ComposerClassifier:
-    """Builds the network for images of ``image_shape`` (channels, height, width).
+    """Build the network of the section ``model`` of a recipe.
 
-    Weights are drawn from torch's global random stream; seed it first.
+    The weights are drawn from torch's global random stream, which must be seeded before.
+
+    Args:
+        section: the section.
+        image_shape: the channels, height and width of an image.
+        num_classes: the number of classes.
+
+    Raises:
+        RecipeError: the network does not take images with this number of channels.
     """
     channels = image_shape[0]
     if isinstance(section, MLP):
@@ -50,7 +58,7 @@ def build_model(section: ModelSection, image_shape: tuple[int, int, int], num_cl
     else:
         extra: dict[str, Any] = _WITHOUT_AUXILIARY.get(section.name, {})
         module = torchvision.models.get_model(section.name, weights=None, num_classes=num_classes, **extra)
-    # The units Composer's FSDP shards by; where nothing is marked it shards nothing.
+    # Composer's FSDP shards the marked modules only.
     for child in module.children():
         if any(True for _ in child.parameters()):
             child._fsdp_wrap = True  # pyright: ignore[reportArgumentType]
@@ -64,7 +72,7 @@ def build_model(section: ModelSection, image_shape: tuple[int, int, int], num_cl
 
 
 def mlp(widths: list[int]) -> nn.Sequential:
-    """Linear layers of the given widths, input to output, with ReLU between them."""
+    """Return linear layers of the given widths, from input to output, with ReLU between them."""
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs, outputs in itertools.pairwise(widths):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
@@ -72,7 +80,7 @@ def mlp(widths: list[int]) -> nn.Sequential:
 
 
 def cnn(channels: int, width: int, num_classes: int) -> nn.Sequential:
-    """Two 3x3 convolutions with BatchNorm and pooling for images of a few pixels."""
+    """Return a network of two 3x3 convolutions with BatchNorm and pooling, for small images."""
     return nn.Sequential(
         nn.Conv2d(channels, width, 3, padding=1, bias=False),
         nn.BatchNorm2d(width),
@@ -88,7 +96,7 @@ def cnn(channels: int, width: int, num_classes: int) -> nn.Sequential:
 
 
 def cifar_resnet(name: str, channels: int, num_classes: int) -> nn.Module:
-    """torchvision's ResNet with the stem for 32x32 images: a 3x3 convolution of stride 1 and no pooling."""
+    """Return torchvision's ResNet with a stem for 32x32 images: a 3x3 convolution of stride 1 and no pooling."""
     module = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
     module.conv1 = nn.Conv2d(channels, 64, kernel_size=3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(module.conv1.weight, mode='fan_out', nonlinearity='relu')
@@ -97,7 +105,7 @@ def cifar_resnet(name: str, channels: int, num_classes: int) -> nn.Module:
 
 
 class _WideBlock(nn.Module):
-    """BatchNorm, ReLU and convolution, twice, around a shortcut."""
+    """A residual block: BatchNorm, ReLU and convolution, twice, with a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, dropout: float) -> None:
         super().__init__()
@@ -119,11 +127,11 @@ class WideResidualNetwork(nn.Module):
     """The wide residual network for 32x32 images.
 
     Args:
-        channels: Channels of the images.
-        num_classes: Classes to tell apart.
-        depth: Convolutions on the longest way: 4 and 6 for every block of a stage.
-        widen: How many times wider than the narrow residual network.
-        dropout: Probability between the two convolutions of a block.
+        channels: the number of channels of an image.
+        num_classes: the number of classes.
+        depth: the number of convolutions on the longest path, 4 + 6 times the number of blocks of a stage.
+        widen: the factor by which it is wider than the original residual network.
+        dropout: the probability of dropout between the two convolutions of a block.
 
     Reference:
         Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016, https://arxiv.org/abs/1605.07146

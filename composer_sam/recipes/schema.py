@@ -1,6 +1,7 @@
-"""What a recipe may say: its keys, their types and their ranges."""
+"""The keys of a recipe with their types and ranges."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -19,6 +20,7 @@ from composer_sam.recipes.errors import RecipeError, unknown
 __all__ = [
     'CNN',
     'MLP',
+    'Arguments',
     'Cifar',
     'DataSection',
     'Digits',
@@ -27,7 +29,6 @@ __all__ = [
     'Recipe',
     'WideResNet',
     'parse_recipe',
-    'parse_section',
 ]
 
 Duration = str | PositiveInt
@@ -38,22 +39,23 @@ Augmentation = Literal['none', 'crop_flip', 'resized_crop']
 
 
 class _Section(BaseModel):
-    # Strict, so that a quoted number or a boolean where a number belongs is an error and not a guess.
+    # Strict: a quoted number, or a boolean in place of a number, is an error and not converted.
     model_config = ConfigDict(extra='forbid', frozen=True, strict=True)
 
 
 class DataSection(_Section):
-    """What every data set takes.
+    """The keys of every data set.
 
     Attributes:
-        batch_size: Images per optimizer step over all processes together.
-        eval_batch_size: Images per evaluation batch over all processes together; ``batch_size`` if not given.
-        drop_last: Whether the last, smaller training batch of an epoch is left out.
-        num_workers: Worker processes per training process that load and augment images.
-        label_noise: Fraction of the training labels that are replaced by a different class, drawn uniformly.
-        noise_seed: Seed of the label noise, so that runs with different seeds see the same wrong labels.
-        validation_fraction: Part of the training images that is held out, with its label noise, and tested on in place
-            of the test set: for choosing hyper-parameters. Which images those are follows the recipe's ``seed``.
+        name: the name of the data set.
+        batch_size: the number of images per optimizer step, over all processes.
+        eval_batch_size: the number of images per evaluation batch, over all processes; ``batch_size`` if not given.
+        drop_last: whether to skip the last training batch of an epoch if it is smaller than the others.
+        num_workers: the number of worker processes per training process that load and augment images.
+        label_noise: the fraction of the training labels that is replaced by another class, drawn uniformly.
+        noise_seed: the seed of the label noise; runs with different ``seed`` have the same wrong labels.
+        validation_fraction: the fraction of the training images, with their label noise, that is held out and replaces
+            the test set, for choosing hyper-parameters. The ``seed`` of the recipe determines these images.
     """
 
     name: str
@@ -67,11 +69,11 @@ class DataSection(_Section):
 
 
 class Digits(DataSection):
-    """scikit-learn's 1,797 images of 8x8 pixels, which come with the package.
+    """scikit-learn's 1,797 images of 8x8 pixels, which are part of that package.
 
     Attributes:
-        test_fraction: Part of the images that is held out for testing.
-        split_seed: Seed of the split.
+        test_fraction: the fraction of the images that is held out for testing.
+        split_seed: the seed of the split.
     """
 
     name: Literal['digits']
@@ -80,15 +82,15 @@ class Digits(DataSection):
 
 
 class _ImageSection(DataSection):
-    """What data sets of colour images take.
+    """The keys of data sets of colour images.
 
     Attributes:
-        root: Directory of the data set.
-        image_size: Height and width of the images the model sees.
-        augment: ``crop_flip`` pads by an eighth, crops at random and mirrors; ``resized_crop`` cuts out a random
-            region, resizes it and mirrors; ``none`` shows every image as it is.
-        mean: Per channel, subtracted from pixel values in [0, 1].
-        std: Per channel, what they are divided by afterwards.
+        root: the directory of the data set.
+        image_size: the height and width of the images after resizing.
+        augment: ``crop_flip`` pads by an eighth, crops at random and flips; ``resized_crop`` crops a random region,
+            resizes it and flips; ``none`` does not augment.
+        mean: the mean per channel, which is subtracted from pixel values in [0, 1].
+        std: the standard deviation per channel, by which they are then divided.
     """
 
     root: str
@@ -102,7 +104,7 @@ class Cifar(_ImageSection):
     """CIFAR-10 or CIFAR-100.
 
     Attributes:
-        download: Whether to fetch the data set when ``root`` does not hold it yet.
+        download: whether to download the data set if ``root`` does not contain it.
     """
 
     name: Literal['cifar10', 'cifar100']
@@ -121,12 +123,12 @@ class Cifar(_ImageSection):
 
 
 class ImageFolder(_ImageSection):
-    """A directory with ``train/`` and ``test/`` or ``val/``, each of one directory of images per class.
+    """A directory with ``train/`` and ``test/`` or ``val/``, each with one directory of images per class.
 
     Attributes:
-        cache_mb: Images whose decoded, resized pixels fit into this many MiB together are kept in memory;
-            0 always reads from disk. With ``augment: resized_crop`` the training images have no one size to be
-            kept at and are always read from disk.
+        cache_mb: the memory for decoded and resized images in MiB. The images are kept in memory if all of them fit;
+            with 0 they are always read from disk. With ``augment: resized_crop`` the training images are cropped from
+            their full size and always read from disk.
     """
 
     name: Literal['image_folder']
@@ -134,7 +136,7 @@ class ImageFolder(_ImageSection):
 
 
 class ModelSection(_Section):
-    """A torchvision classifier or a CIFAR-stem ResNet, which take no further options."""
+    """A torchvision classifier or a ResNet with a CIFAR stem, which have no options besides the name."""
 
     name: str
 
@@ -143,7 +145,7 @@ class MLP(ModelSection):
     """A multi-layer perceptron with ReLU.
 
     Attributes:
-        hidden: Width of every hidden layer.
+        hidden: the width of every hidden layer.
     """
 
     name: Literal['mlp']
@@ -151,10 +153,10 @@ class MLP(ModelSection):
 
 
 class CNN(ModelSection):
-    """Two convolutions with BatchNorm, pooled, and a linear layer.
+    """Two convolutions with BatchNorm and pooling, and a linear layer.
 
     Attributes:
-        width: Channels of the first convolution; the second has twice as many.
+        width: the number of channels of the first convolution; the second has twice as many.
     """
 
     name: Literal['cnn']
@@ -165,9 +167,9 @@ class WideResNet(ModelSection):
     """WRN-d-k, the wide residual network.
 
     Attributes:
-        depth: d, its convolutions on the longest way; 10, 16, 22, 28, ...
-        widen: k, how many times wider than the narrow residual network.
-        dropout: Probability between the two convolutions of a block.
+        depth: d, the number of convolutions on the longest path: 10, 16, 22, 28, ...
+        widen: k, the factor by which it is wider than the original residual network.
+        dropout: the probability of dropout between the two convolutions of a block.
     """
 
     name: Literal['wide_resnet']
@@ -192,31 +194,31 @@ class Recipe(_Section):
     """A whole training run.
 
     Attributes:
-        name: What the run is called in tables and pictures; by default the recipe's file name.
-        run_name: What Composer calls the run in checkpoints and logs; ``name`` if not given. A comparison calls its
-            runs by name and seed.
-        seed: Seed of the weights, the order of the batches, augmentation and dropout.
-        precision: Numerical precision, as Composer names it.
-        device: What to train on; a GPU where there is one, if not given.
-        max_duration: When to stop.
-        eval_interval: How often to test.
-        data: Which data, see :class:`Digits`, :class:`Cifar` and :class:`ImageFolder`.
-        model: Which network.
-        optimizer: Name and arguments of a class of ``torch.optim`` or ``composer.optim``.
-        scheduler: Name and arguments of a scheduler of ``composer.optim``.
-        algorithms: Arguments by name of methods of this package and of ``composer.algorithms``. The ``schedules`` of
-            a method are given by name: ``{rho: {cosine_annealing: {t_max: 1dur}}}``.
-        callbacks: Arguments by name of ``composer.callbacks`` and of this package's monitors.
-        loggers: Arguments by name of ``composer.loggers``.
-        save_folder: Local directory for checkpoints and the resolved recipe.
-        save_interval: How often to save a checkpoint.
-        autoresume: Whether to go on from the newest checkpoint in ``save_folder``.
-        load_path: Checkpoint to start from.
-        device_train_microbatch_size: Images per forward-backward on one device, or ``auto``.
-        parallelism: Arguments of Composer's FSDP configuration under ``fsdp`` or ``fsdp2``.
-        trainer: Any further argument of Composer's ``Trainer``.
-        grid: Values by key, such as ``{algorithms.sam.rho: [0.1, 0.2]}``. A study trains every combination of them;
-            everything else trains what the other keys say.
+        name: the name of the run in tables and pictures; the file name of the recipe if not given.
+        run_name: the name of the run in Composer's checkpoints and logs; ``name`` if not given. In a comparison it is
+            the name and the seed.
+        seed: the seed of the weights, the order of the batches, augmentation and dropout.
+        precision: the numerical precision, as Composer names it.
+        device: the device to train on; if not given, a GPU if there is one.
+        max_duration: the length of training, > 0.
+        eval_interval: the interval between tests.
+        data: the data set, see :class:`Digits`, :class:`Cifar` and :class:`ImageFolder`.
+        model: the network, see :class:`MLP`, :class:`CNN`, :class:`WideResNet` and :class:`ModelSection`.
+        optimizer: the name and arguments of a class of ``torch.optim`` or ``composer.optim``.
+        scheduler: the name and arguments of a scheduler of ``composer.optim``.
+        algorithms: arguments by name of methods of this package and of ``composer.algorithms``. The ``schedules`` of
+            a method name a scheduler: ``{rho: {cosine_annealing: {t_max: 1dur}}}``.
+        callbacks: arguments by name of ``composer.callbacks`` and of the monitors of this package.
+        loggers: arguments by name of ``composer.loggers``.
+        save_folder: the local directory for checkpoints and the resolved recipe.
+        save_interval: the interval between checkpoints.
+        autoresume: whether to resume from the newest checkpoint in ``save_folder``.
+        load_path: the checkpoint to start from.
+        device_train_microbatch_size: the number of images per forward-backward on one device, or ``auto``.
+        parallelism: arguments of Composer's FSDP configuration under ``fsdp`` or ``fsdp2``.
+        trainer: further arguments of Composer's ``Trainer``.
+        grid: lists of values by key, such as ``{algorithms.sam.rho: [0.1, 0.2]}``. A study trains every combination;
+            all other commands ignore the grid.
     """
 
     name: str
@@ -243,6 +245,8 @@ class Recipe(_Section):
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default={})
 
 
+S = TypeVar('S', bound=_Section)
+
 DATA: dict[str, type[DataSection]] = {
     'digits': Digits,
     'cifar10': Cifar,
@@ -253,20 +257,23 @@ MODELS: dict[str, type[ModelSection]] = {'mlp': MLP, 'cnn': CNN, 'wide_resnet': 
 
 
 def parse_recipe(mapping: dict[str, Any], plain_models: list[str]) -> Recipe:
-    """Checks a plain mapping against the schema.
+    """Check a plain mapping against the schema and return it as a recipe.
 
     Args:
-        mapping: What the YAML files say, merged and resolved.
-        plain_models: Names of the models that take no options.
+        mapping: the merged and resolved content of the YAML files.
+        plain_models: the names of the models without options.
+
+    Raises:
+        RecipeError: a key is unknown or missing, or a value is of the wrong type or out of its range.
     """
     models = MODELS | dict.fromkeys(plain_models, ModelSection)
-    sections = {'data': DATA, 'model': models}
+    sections: dict[str, Mapping[str, type[_Section]]] = {'data': DATA, 'model': models}
     parsed = {key: _parse_named(key, mapping[key], known) for key, known in sections.items() if key in mapping}
-    return parse_section(Recipe, mapping | parsed, '')
+    return _parse_section(Recipe, mapping | parsed, '')
 
 
-def _parse_named(key: str, values: Any, known: dict[str, Any]) -> Any:
-    """Parses a section whose ``name`` says which keys it may have."""
+def _parse_named(key: str, values: Any, known: Mapping[str, type[S]]) -> S:
+    """Check a section whose ``name`` determines its keys."""
     if not isinstance(values, dict):
         raise RecipeError(f'{key}: must be a mapping with a name, got {values!r}')
     name = values.get('name')
@@ -274,11 +281,11 @@ def _parse_named(key: str, values: Any, known: dict[str, Any]) -> Any:
         raise RecipeError(f'{key}.name: is required; valid: {", ".join(sorted(known))}')
     if name not in known:
         raise unknown('name', f'{key}.name', name, str(name), known)
-    return parse_section(known[name], values, f'{key}.')
+    return _parse_section(known[name], values, f'{key}.')
 
 
-def parse_section(section: type[Any], values: dict[str, Any], prefix: str) -> Any:
-    """Builds a ``section``, turning what pydantic finds wrong into one line about the first wrong key."""
+def _parse_section(section: type[S], values: dict[str, Any], prefix: str) -> S:
+    """Construct a section; the errors of pydantic become one line about the first wrong key."""
     try:
         return section(**{str(key): value for key, value in values.items()})
     except ValidationError as error:
@@ -289,7 +296,7 @@ def parse_section(section: type[Any], values: dict[str, Any], prefix: str) -> An
         raise unknown('key', key, first['input'], location[0], section.model_fields)
     if first['type'] == 'missing':
         raise RecipeError(f'{key}: is required')
-    # A union reports one error for every type it tried; together they say what would have been right.
+    # A union reports one error for each of its types; the message names all of them.
     wanted = dict.fromkeys([first['msg'], *(other['msg'] for other in others if other['loc'][0] == first['loc'][0])])
     messages = ' or '.join(message.removeprefix('Input should be ') for message in wanted)
     raise RecipeError(f'{key}: got {values[location[0]]!r}, should be {messages}')

@@ -1,1 +1,1 @@
-"""Several runs side by side: compared, studied over grids of values, and measured from their checkpoints."""
+"""Runs side by side: compared, studied over grids of values, and measured at their checkpoints."""

@@ -1,50 +1,72 @@
-"""Trains several recipes with several seeds, side by side, and shows how they differ."""
+"""Recipes trained with several seeds side by side, and compared."""
 
 from __future__ import annotations
 
 import functools
 import json
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
+from torch import nn
 
+from composer_sam.diagnostics.measure import Measurements
+from composer_sam.extras import extra
+from composer_sam.files import write_whole
+from composer_sam.landscapes.pictures import png
 from composer_sam.recipes import History, Recipe, RecipeError, build_trainer, load_recipe
-from composer_sam.studies.checkpoints import Request, landscapes, measure_trained
-from composer_sam.studies.parallel import Report, RunError, make_folder, share_cores, train_all, with_seed, write
-from composer_sam.studies.report import progress_bar, write_pictures
+from composer_sam.studies.console import progress_bar
+from composer_sam.studies.landscape import Request, landscapes
+from composer_sam.studies.parallel import Report, RunError, make_folder, share_cores, train_all, with_seed
+from composer_sam.studies.problem import build_problem
+from composer_sam.studies.report import write_pictures
+from composer_sam.studies.sharpness import Sharpness, measure_trained
+
+with extra('composer', __name__):
+    from rich.console import Console
+    from rich.table import Table
+with extra('diagnostics', __name__):
+    from matplotlib.figure import Figure
 
 __all__ = ['Run', 'RunError', 'compare', 'draw', 'tabulate', 'tabulate_sharpness']
 
-SAMPLES = 512
-RHO = 0.05
-# The columns of measured runs: which measure, with how many digits.
-SHARPNESS = {
-    'largest eigenvalue': ('top_eigenvalue', 2),
-    'trace': ('trace', 1),
-    'SAM sharpness': ('sam_sharpness', 4),
-}
+_SHARPNESS = Sharpness()
+_MEASURES = ('loss', 'top_eigenvalue', 'trace', 'sam_sharpness')
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column of the table of sharpness."""
+
+    heading: str
+    read: Callable[[Measurements], float | None]
+    digits: int
+
+
+_COLUMNS = (
+    _Column('largest eigenvalue', lambda found: found.top_eigenvalue, 2),
+    _Column('trace', lambda found: found.trace, 1),
+    _Column('SAM sharpness', lambda found: found.sam_sharpness, 4),
+)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one run came to.
+    """The result of one run.
 
     Attributes:
-        recipe: Name of the recipe.
-        seed: Seed of the run.
-        steps: Optimizer steps taken.
-        seconds_per_step: Mean, testing left out.
-        accuracy: On the test data, at the end.
-        loss: On the test data, at the end.
-        train: Training loss by epoch.
-        test: Test accuracy and loss by epoch.
-        sharpness: What :func:`~composer_sam.studies.checkpoints.measure_trained` found at the end, if it was asked.
+        recipe: the name of the recipe.
+        seed: the seed of the run.
+        steps: optimizer steps.
+        seconds_per_step: mean wall time of a step, without testing.
+        accuracy: test accuracy at the end.
+        loss: test loss at the end.
+        train: training loss by epoch.
+        test: test accuracy and loss by epoch.
+        sharpness: the measurements of the trained network; None if it was not to be measured.
     """
 
     recipe: str
@@ -55,7 +77,11 @@ class Run:
     loss: float
     train: dict[str, list[float]]
     test: dict[str, list[float]]
-    sharpness: dict[str, float] | None = None
+    sharpness: Measurements | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON's own types."""
+        return {**vars(self), 'sharpness': None if self.sharpness is None else self.sharpness.as_dict()}
 
 
 def compare(
@@ -67,23 +93,24 @@ def compare(
     sharpness: bool = False,
     landscape: bool = False,
 ) -> list[Run]:
-    """Trains every recipe with ``seeds`` seeds, prints a table and writes ``comparison.png`` and ``results.json``.
+    """Train every recipe with ``seeds`` seeds, print a table, and write ``comparison.png`` and ``results.json``.
 
-    The seeds are the recipe's own and those that follow it. Runs take turns by recipe, so that what runs side by side
-    slows all recipes alike. Checkpoints, where a recipe asks for them, go to a directory per run.
+    The seeds are the recipe's own and those that follow it. The runs of different recipes alternate, so that runs side
+    by side slow all recipes down by the same amount. Checkpoints are saved to one folder per run, if a recipe saves
+    any.
 
     Args:
-        paths: The recipes' files; costs are relative to the first.
+        paths: the files of the recipes; costs are relative to the first.
         overrides: ``dotted.key=value``, laid over every recipe.
-        seeds: Runs per recipe.
-        out: Directory for the picture and the results.
-        jobs: Runs side by side; by default one per core, and one where a GPU is used.
-        sharpness: Measure every trained network on training samples.
-        landscape: Draw the loss around the network of every recipe's first seed, all on the same scale.
+        seeds: the number of runs per recipe.
+        out: the folder of the picture and the results.
+        jobs: how many runs are trained side by side; if None, one per core, and one where a GPU is used.
+        sharpness: measure every trained network on training samples.
+        landscape: draw the loss around the network of every recipe's first seed, all on the same scale.
 
     Raises:
-        RecipeError: If a recipe or ``out`` is not valid; nothing has been trained then.
-        RunError: If a run failed.
+        RecipeError: a recipe or ``out`` is not valid; nothing has been trained.
+        RunError: a run failed.
     """
     recipes = _load(paths, overrides)
     if landscape:
@@ -104,17 +131,18 @@ def compare(
     results = [finished[recipe.name, recipe.seed] for recipe in runs]
 
     how = f'{jobs} runs side by side, {threads} {"thread" if threads == 1 else "threads"} each'
-    report = {'how': how, 'runs': [asdict(run) for run in results]}
-    write(out / 'results.json', json.dumps(report, indent=1).encode())
+    report = {'how': how, 'runs': [run.to_json() for run in results]}
+    write_whole(out / 'results.json', json.dumps(report, indent=1))
     picture = out / 'comparison.png'
-    draw(results).savefig(picture, dpi=150)
+    write_whole(picture, png(draw(results)))
     pictures = _landscape(recipes, list(kept.values()), out, jobs) if landscape else []
     console = Console(highlight=False, markup=False)
     console.print(tabulate(results))
     if sharpness:
         console.print(tabulate_sharpness(results))
         console.print(
-            f'of the Hessian on {SAMPLES} training samples; SAM sharpness: the growth of their loss within {RHO:g}',
+            f'of the Hessian on {_SHARPNESS.samples} training samples; '
+            f'SAM sharpness: the growth of their loss within {_SHARPNESS.rho:g}',
             soft_wrap=True,
         )
     console.print(f'{how}; curves in {picture}, numbers in {out / "results.json"}', soft_wrap=True)
@@ -124,7 +152,7 @@ def compare(
 
 
 def tabulate(runs: Sequence[Run]) -> Table:
-    """One row per recipe: mean and standard deviation over the seeds, and the cost of a step."""
+    """Return a table with a row per recipe: mean and standard deviation over the seeds, and the cost of a step."""
     table = Table(box=None, pad_edge=False)
     table.add_column('recipe')
     for heading in ('seeds', 'test accuracy', 'test loss', 'ms per step', 'cost'):
@@ -145,22 +173,22 @@ def tabulate(runs: Sequence[Run]) -> Table:
 
 
 def tabulate_sharpness(runs: Sequence[Run]) -> Table:
-    """One row per recipe: mean and standard deviation over the seeds of what was measured."""
+    """Return a table with a row per recipe: mean and standard deviation over the seeds of the sharpness."""
     table = Table(box=None, pad_edge=False)
     table.add_column('recipe')
-    for heading in SHARPNESS:
-        table.add_column(heading, justify='right')
+    for column in _COLUMNS:
+        table.add_column(column.heading, justify='right')
     for name, group in _by_recipe(runs).items():
-        cells = [
-            _spread([run.sharpness[measure] for run in group if run.sharpness], digits)
-            for measure, digits in SHARPNESS.values()
-        ]
+        cells = []
+        for column in _COLUMNS:
+            values = [column.read(run.sharpness) for run in group if run.sharpness is not None]
+            cells.append(_spread([value for value in values if value is not None], column.digits))
         table.add_row(name, *cells)
     return table
 
 
 def draw(runs: Sequence[Run]) -> Figure:
-    """Test accuracy and training loss by epoch: the mean over the seeds in a band from lowest to highest."""
+    """Draw test accuracy and training loss by epoch: the mean over the seeds, in a band from lowest to highest."""
     figure = Figure(figsize=(11, 4.2), layout='constrained')
     accuracy, loss = figure.subplots(1, 2)
     for name, group in _by_recipe(runs).items():
@@ -205,24 +233,25 @@ def _check_alike(recipes: Sequence[Recipe]) -> None:
 
 
 def _kept(runs: Sequence[Recipe], out: Path) -> dict[str, Path]:
-    """The files of the networks whose landscape is drawn, by run."""
+    """Return the files of the networks whose landscape is drawn, by run; delete those of an earlier comparison."""
     folder = out / 'landscape'
     folder.mkdir(exist_ok=True)
     for file in (*folder.glob('*.npz'), *folder.glob('*.pt')):
-        file.unlink()  # an earlier comparison's: its landscapes are of other networks
+        file.unlink()  # its landscapes are of other networks
     return {str(run.run_name): folder / f'{run.run_name}.pt' for run in runs}
 
 
 def _landscape(recipes: Sequence[Recipe], networks: Sequence[Path], out: Path, jobs: int) -> list[Path]:
+    """Evaluate and draw the landscapes of the networks, and return the files of the pictures."""
     names = tuple(recipe.name for recipe in recipes)
-    request = Request(paths=tuple(networks), labels=names, samples=SAMPLES)
+    request = Request(paths=tuple(networks), labels=names, samples=_SHARPNESS.samples)
     with progress_bar('rows') as progress:
         found = landscapes(request, recipes[0], out / 'landscape', jobs, progress)
     return write_pictures(found, request, out)
 
 
 def _train(recipe: Recipe, report: Report, sharpness: bool, kept: Mapping[str, Path]) -> Run:
-    """Trains one recipe, measures the network and keeps its weights, if that is asked for."""
+    """Train one recipe; where requested, measure the network and save its weights."""
     history = History()
     trainer = build_trainer(recipe, [history, report])
     try:
@@ -231,7 +260,7 @@ def _train(recipe: Recipe, report: Report, sharpness: bool, kept: Mapping[str, P
             trainer.eval()
         if (file := kept.get(str(recipe.run_name))) is not None:
             torch.save(trainer.state.model.state_dict(), file)
-        found = measure_trained(recipe, trainer.state.model, samples=SAMPLES, rho=RHO) if sharpness else None
+        found = _measured(recipe, trainer.state.model) if sharpness else None
     finally:
         trainer.close()
     return Run(
@@ -245,6 +274,13 @@ def _train(recipe: Recipe, report: Report, sharpness: bool, kept: Mapping[str, P
         test=history.test,
         sharpness=found,
     )
+
+
+def _measured(recipe: Recipe, model: nn.Module) -> Measurements:
+    """Measure a copy of a trained network."""
+    problem = build_problem(recipe, 'train', _SHARPNESS.samples)
+    problem.model.load_state_dict(model.state_dict())
+    return measure_trained(problem.model, problem, _SHARPNESS, _MEASURES)
 
 
 def _by_recipe(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -1,31 +1,30 @@
-"""Trains recipes in processes side by side."""
+"""Recipes trained side by side, each in a process of its own."""
 
 from __future__ import annotations
 
-import multiprocessing.connection
+import functools
 import os
-import signal
-import threading
 import traceback
 from collections.abc import Callable, Sequence
-from multiprocessing import forkserver
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from contextlib import closing
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TypeVar
 
 import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from composer_sam.extras import extra
+from composer_sam.processes import ProcessDied, Returned, Sent, run_tasks
 from composer_sam.recipes import Recipe, RecipeError
 
-__all__ = ['Report', 'RunError', 'make_folder', 'share_cores', 'train_all', 'with_seed', 'write']
+with extra('composer', __name__):
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+__all__ = ['Report', 'RunError', 'make_folder', 'share_cores', 'train_all', 'with_seed']
 
 _REPORTS_PER_RUN = 200
-_GRACE_SECONDS = 10  # for a run that is told to end to close its files
 
 Result = TypeVar('Result')
 
@@ -35,30 +34,27 @@ class RunError(RuntimeError):
 
 
 class Report(Callback):
-    """Sends the parts of the run that have been trained, a few hundred times a run."""
+    """Reports the part of the run that was trained since the last report, a few hundred times a run.
 
-    def __init__(self, sender: Connection) -> None:
-        self.sender = sender
+    Args:
+        send: called with the part, in [0, 1].
+    """
+
+    def __init__(self, send: Callable[[float], None]) -> None:
+        self.send = send
         self.reported = 0.0
 
     def batch_end(self, state: State, logger: Logger) -> None:
         del logger
         elapsed = state.get_elapsed_duration()
         if elapsed is not None and elapsed.value - self.reported >= 1 / _REPORTS_PER_RUN:
-            self.sender.send(elapsed.value - self.reported)
+            self.send(elapsed.value - self.reported)
             self.reported = elapsed.value
 
 
-class _Finished(Generic[Result]):
-    """What a run came to, told apart from the parts it reports."""
-
-    def __init__(self, result: Result) -> None:
-        self.result = result
-
-
 def with_seed(recipe: Recipe, seed: int) -> Recipe:
-    """The recipe as one of several runs: a seed and a checkpoint directory of its own and no progress bar."""
-    run_name = f'{recipe.name}-seed{seed}'  # names differ, while a run_name can come from a common base
+    """Return the recipe as one of several runs: with its own seed and checkpoint folder, without a progress bar."""
+    run_name = f'{recipe.name}-seed{seed}'  # names differ between recipes; a run_name can come from a common base
     save_folder = recipe.save_folder
     if save_folder is not None and '{run_name}' not in save_folder:
         save_folder = str(Path(save_folder) / run_name)
@@ -73,10 +69,10 @@ def with_seed(recipe: Recipe, seed: int) -> Recipe:
 
 
 def make_folder(out: Path) -> None:
-    """Makes the directory for results.
+    """Make the folder of the results.
 
     Raises:
-        RecipeError: If it cannot be written.
+        RecipeError: the folder cannot be written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -87,7 +83,12 @@ def make_folder(out: Path) -> None:
 
 
 def share_cores(recipes: Sequence[Recipe], jobs: int | None) -> tuple[int, int]:
-    """How many of the runs go side by side, by default one per core and one on a GPU, and with how many threads."""
+    """Return how many runs train side by side, and the number of threads of each.
+
+    Args:
+        recipes: all runs.
+        jobs: how many may train side by side; if None, one per core, and one where a GPU is used.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     if jobs is None:
         on_gpu = torch.cuda.is_available() and any(recipe.device != 'cpu' for recipe in recipes)
@@ -103,24 +104,19 @@ def train_all(
     jobs: int,
     threads: int,
 ) -> None:
-    """Does ``work`` on every recipe in a process of its own, ``jobs`` of them at a time.
+    """Call ``work`` on every recipe in a process of its own, and show a progress bar.
 
     Args:
-        recipes: Each with a ``run_name`` of its own.
-        work: Trains one with the callback given and returns what it came to; it and its result can be pickled.
-        receive: Called with what a run returned or what prevented it. What it raises ends all runs.
-        jobs: How many at a time.
-        threads: Of each process.
+        recipes: the recipes, each with its own ``run_name``.
+        work: trains a recipe with the given callback; it and its result must be picklable.
+        receive: called with the result of every recipe, or with the exception it ended with, a :class:`RunError` or
+            a :class:`~composer_sam.recipes.RecipeError`. An exception that it raises ends all runs.
+        jobs: how many processes run at a time.
+        threads: the number of threads of each process.
     """
     console = Console(stderr=True, highlight=False, markup=False)
     for name in dict.fromkeys(recipe.name for recipe in recipes if recipe.grid):
-        console.print(f'{name} is trained at one point; its grid is what composer-sam study trains', soft_wrap=True)
-    # A server process imports Composer once, and the runs' processes start from there.
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload([__name__])
-    _start_server()
-    waiting = list(reversed(recipes))
-    running: dict[Connection, tuple[Recipe, BaseProcess]] = {}
+        console.print(f'{name} is trained once, without its grid; composer-sam study trains the grid', soft_wrap=True)
     bar = Progress(
         TextColumn(f'training {len(recipes)} runs'),
         BarColumn(None),
@@ -128,79 +124,33 @@ def train_all(
         TimeRemainingColumn(),
         console=console,
     )
-    task = bar.add_task('', total=len(recipes))
-    with bar:
-        try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    recipe = waiting.pop()
-                    receiver, sender = context.Pipe(duplex=False)
-                    process = context.Process(target=_work_in_process, args=(work, recipe, threads, sender))
-                    process.start()
-                    sender.close()
-                    running[receiver] = recipe, process
-                for receiver in multiprocessing.connection.wait(list(running)):
-                    recipe, process = running[receiver]  # pyright: ignore[reportArgumentType]
-                    message: Any = _receive(receiver, recipe)
-                    if isinstance(message, float):
-                        bar.advance(task, message)
-                        continue
-                    if isinstance(message, _Finished):
-                        process.join()
-                    del running[receiver]  # pyright: ignore[reportArgumentType]
-                    receive(recipe, message.result if isinstance(message, _Finished) else message)
-        finally:
-            for _, process in running.values():
-                process.terminate()
-            for _, process in running.values():
-                process.join(_GRACE_SECONDS)
-                process.kill()
-        bar.update(task, completed=len(recipes))
+    trained = bar.add_task('', total=len(recipes))
+    tasks = [functools.partial(_train, work, recipe, threads) for recipe in recipes]
+    # The server process imports Composer once, and the processes of the runs are forked from it.
+    with bar, closing(run_tasks(tasks, jobs, preload=__name__)) as events:
+        for index, event in events:
+            recipe = recipes[index]
+            if isinstance(event, Sent):
+                bar.advance(trained, event.message)
+            elif isinstance(event, Returned):
+                receive(recipe, event.result)
+            elif isinstance(event.error, ProcessDied):
+                died = f'{recipe.run_name} ended without a result; its process was killed or crashed'
+                receive(recipe, RunError(died))
+            else:
+                receive(recipe, event.error)
+        bar.update(trained, completed=len(recipes))
 
 
-def write(path: Path, content: bytes) -> None:
-    """Writes a file that a reader sees whole or not at all."""
-    partial = path.with_name(f'.{path.name}.partial')
-    partial.write_bytes(content)
-    partial.replace(path)
-
-
-def _start_server() -> None:
-    """Starts the server process deaf to an interrupt: the first process hears it and ends the others."""
-    if threading.current_thread() is not threading.main_thread():
-        return  # where Python does not let signals be set, nor be heard
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _receive(receiver: Any, recipe: Recipe) -> float | _Finished[Any] | Exception:
-    try:
-        return receiver.recv()
-    except EOFError:
-        return RunError(f'{recipe.run_name} ended without a result; its process was killed or crashed')
-
-
-def _work_in_process(work: Callable[[Recipe, Report], Any], recipe: Recipe, threads: int, sender: Connection) -> None:
-    """Does the work and sends, in this order, any number of trained parts and the result or what prevented it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in _start_server; importing Composer has set its own handler
-    threading.Thread(target=_end_with_the_first, daemon=True).start()
+def _train(
+    work: Callable[[Recipe, Report], Result], recipe: Recipe, threads: int, send: Callable[[float], None]
+) -> Result:
+    """Call ``work``; runs in a process of its own."""
     torch.set_num_threads(threads)
     try:
-        message = _Finished(work(recipe, Report(sender)))
-    except RecipeError as error:
-        message = error
+        return work(recipe, Report(send))
+    except RecipeError:
+        raise
     except Exception as error:
         traceback.print_exc()
-        message = RunError(f'{recipe.run_name} failed: {type(error).__name__}: {error}')
-    sender.send(message)
-
-
-def _end_with_the_first() -> None:
-    """Ends this process with the one that started it, which may be killed and be started anew on the same runs."""
-    first = multiprocessing.parent_process()
-    if first is not None:
-        first.join()
-        os._exit(1)
+        raise RunError(f'{recipe.run_name} failed: {type(error).__name__}: {error}') from error

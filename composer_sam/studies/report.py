@@ -1,27 +1,25 @@
-"""What the commands ``landscape`` and ``sharpness`` print and write: tables, pictures and a bar of progress."""
+"""The tables and pictures of the commands ``landscape`` and ``sharpness``."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from composer_sam.landscapes import pictures
+from composer_sam.extras import extra
+from composer_sam.files import write_whole
 from composer_sam.landscapes.page import page
+from composer_sam.landscapes.pictures import contours, curves, png, surfaces
 from composer_sam.landscapes.storage import Landscape
-from composer_sam.studies.checkpoints import Request, listed
+from composer_sam.studies.landscape import Request, enumerated
+from composer_sam.studies.sharpness import CheckpointMeasurements
 
-__all__ = ['console', 'progress_bar', 'tabulate_landscapes', 'tabulate_measurements', 'write_pictures']
+with extra('composer', __name__):
+    from rich.table import Table
 
-_DPI = 150
-_WIDTH = 200
+__all__ = ['tabulate_landscapes', 'tabulate_measurements', 'write_pictures']
+
 _DIRECTIONS = {
     'random': 'random filter-normalised directions (seed {seed})',
     'hessian': 'along the eigenvectors of the Hessian with the largest eigenvalues',
@@ -29,53 +27,24 @@ _DIRECTIONS = {
 }
 
 
-@contextmanager
-def progress_bar(unit: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr, and the function that moves it: called with a label, how much is done and of how much."""
-    bar = Progress(
-        TextColumn('{task.description}'),
-        BarColumn(None),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-    with bar:
-        tasks: dict[str, Any] = {}
-
-        def move(label: str, done: int, of: int) -> None:
-            if label not in tasks:
-                tasks[label] = bar.add_task(label)
-            bar.update(tasks[label], completed=done, total=of)
-
-        yield move
-
-
-def console() -> Console:
-    """For tables on stdout; in a file they are not cut at the width of a terminal there is none of."""
-    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _WIDTH)
-
-
 def write_pictures(landscapes: Sequence[Landscape], request: Request, folder: Path) -> list[Path]:
-    """Draws the landscapes into ``folder`` and returns the files."""
-    title = f'Loss {"between" if request.directions == "checkpoints" else "around"} {listed(request.labels)}'
+    """Write the pictures of the landscapes and the interactive page to ``folder``, and return the files."""
+    title = f'Loss {"between" if request.directions == "checkpoints" else "around"} {enumerated(request.labels)}'
     samples = landscapes[0].about['samples']
     notes = [
         _DIRECTIONS[request.directions].format(seed=request.seed, through=('line', 'plane')[request.dims - 1]),
         f'{samples} {"training" if request.split == "train" else "test"} samples',
     ]
     caption = f'{title}\n{", ".join(notes)}'
-    drawn: dict[str, Any] = {'curve.png': pictures.curves}
-    if request.dims == 2:
-        drawn = {'landscape.png': pictures.contours, 'surface.png': pictures.surfaces}
+    drawn = {'curve.png': curves} if request.dims == 1 else {'landscape.png': contours, 'surface.png': surfaces}
     for name, draw in drawn.items():
-        draw(landscapes, caption).savefig(folder / name, dpi=_DPI)
-    (folder / 'landscape.html').write_text(page(landscapes, title, notes), encoding='utf-8')
+        write_whole(folder / name, png(draw(landscapes, caption)))
+    write_whole(folder / 'landscape.html', page(landscapes, title, notes))
     return [folder / name for name in (*drawn, 'landscape.html')]
 
 
 def tabulate_landscapes(landscapes: Sequence[Landscape]) -> Table:
-    """One row per checkpoint: its loss and accuracy, and the losses around it."""
+    """Return a table with a row per checkpoint: its loss and accuracy, and the losses around it."""
     table = _table('checkpoint', '  loss', '  accuracy', '  lowest loss', '  mean', '  highest', '  not finite')
     for landscape in landscapes:
         finite = landscape.loss[np.isfinite(landscape.loss)]
@@ -84,26 +53,34 @@ def tabulate_landscapes(landscapes: Sequence[Landscape]) -> Table:
         for mark in landscape.marks:
             accuracy = '-' if mark.accuracy is None else f'{100 * mark.accuracy:.1f} %'
             table.add_row(mark.label, f'{mark.loss:.4g}', accuracy, *around, gaps)
-            around, gaps = [''] * 3, ''  # several in one landscape have it in common
+            around, gaps = [''] * 3, ''  # in the first row only of checkpoints that share a landscape
     return table
 
 
-def tabulate_measurements(rows: Sequence[dict[str, Any]]) -> Table:
-    """One row per checkpoint, one column per measure."""
-    eigenvalues = sorted({name for row in rows for name in row if name.startswith('eigenvalue_')}, key=_place)
-    headings = [f'λ{place}' for place in range(1, len(eigenvalues) + 2)]
+def tabulate_measurements(rows: Sequence[CheckpointMeasurements]) -> Table:
+    """Return a table with a row per checkpoint and a column per measure."""
+    places = max([1, *(len(row.measurements.eigenvalues or ()) for row in rows)])
+    headings = [f'λ{place}' for place in range(1, places + 1)]
     table = _table('checkpoint', 'loss', 'accuracy', *headings, 'trace', 'sharpness', 'adaptive', 'flatness')
     for row in rows:
-        measures = ['top_eigenvalue', *eigenvalues]
+        found = row.measurements
+        eigenvalues = [*(found.eigenvalues or ()), *[None] * places][:places]
         table.add_row(
-            row['label'],
-            f'{row["loss"]:.4g}',
-            f'{100 * row["accuracy"]:.1f} %' if 'accuracy' in row else '-',
-            *(f'{row[name]:.4g}' if name in row else '-' for name in measures),
-            f'{row["trace"]:.4g} ± {row["trace_stderr"]:.2g}',
-            *(f'{row[name]:.3g}' for name in ('sam_sharpness', 'adaptive_sharpness', 'first_order_flatness')),
+            row.label,
+            _text(found.loss, '.4g'),
+            '-' if row.accuracy is None else f'{100 * row.accuracy:.1f} %',
+            *(_text(value, '.4g') for value in eigenvalues),
+            f'{_text(found.trace, ".4g")} ± {_text(found.trace_stderr, ".2g")}',
+            *(
+                _text(value, '.3g')
+                for value in (found.sam_sharpness, found.adaptive_sharpness, found.first_order_flatness)
+            ),
         )
     return table
+
+
+def _text(value: float | None, form: str) -> str:
+    return '-' if value is None else format(value, form)
 
 
 def _table(first: str, *others: str) -> Table:
@@ -112,7 +89,3 @@ def _table(first: str, *others: str) -> Table:
     for heading in others:
         table.add_column(heading, justify='right', no_wrap=True)
     return table
-
-
-def _place(name: str) -> int:
-    return int(name.rsplit('_', 1)[1])

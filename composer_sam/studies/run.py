@@ -1,9 +1,8 @@
-"""One run of a study: trained on from its checkpoint, measured, and kept as a file."""
+"""One run of a study: resumed from its checkpoint, trained, measured, and stored in a file."""
 
 from __future__ import annotations
 
 import json
-import math
 import platform
 import shutil
 from dataclasses import dataclass
@@ -16,44 +15,35 @@ from composer import Trainer
 from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 
-from composer_sam.diagnostics import measure
+from composer_sam.files import write_whole
+from composer_sam.methods import registry
 from composer_sam.recipes import History, Recipe, build_trainer, is_finished
-from composer_sam.studies.checkpoints import build_problem
-from composer_sam.studies.parallel import Report, write
+from composer_sam.studies.parallel import Report
+from composer_sam.studies.problem import build_problem
+from composer_sam.studies.result import RunResult, TrainedSharpness
+from composer_sam.studies.sharpness import Sharpness, measure_trained
 from composer_sam.trainers.composer import GradientGeometryMonitor
 from composer_sam.version import __version__
 
-__all__ = ['Sharpness', 'StudyRun', 'config_of', 'train_and_measure']
+__all__ = ['StudyRun', 'config_of', 'train_and_measure']
 
-_GEOMETRY = 'geometry/'
-# Says where a run is kept and how it is shown, not what comes of it.
+_GEOMETRY = 'geometry/'  # how the names of GradientGeometryMonitor's metrics begin
+_MEASURES = ('loss', 'gradient_norm', 'top_eigenvalue', 'trace', 'sam_sharpness')
+# Keys of a recipe that the result does not depend on.
 _NOT_COMPARED = ('run_name', 'save_folder', 'save_interval', 'autoresume', 'grid')
 
 
 @dataclass(frozen=True)
-class Sharpness:
-    """How the sharpness of a trained network is measured.
-
-    Attributes:
-        samples: Of the training data, without augmentation.
-        rho: Radius of SAM sharpness.
-    """
-
-    samples: int = 512
-    rho: float = 0.05
-
-
-@dataclass(frozen=True)
 class StudyRun:
-    """A recipe at one point of its grid with one seed.
+    """A recipe at one point of its grid, with one seed.
 
     Attributes:
-        name: Of its file.
-        recipe: As it is trained.
-        values: Of the grid's keys.
-        config: Everything its result follows from.
-        file: Where its result is or will be.
-        keep_checkpoints: Whether the checkpoints stay when it is done.
+        name: the name of the run and of its file.
+        recipe: the recipe as it is trained.
+        values: the values of the grid's keys.
+        config: everything its result depends on.
+        file: the file of its result.
+        keep_checkpoints: whether the checkpoints are kept when the run is finished.
     """
 
     name: str
@@ -65,10 +55,10 @@ class StudyRun:
 
 
 class _Curves(History, LoggerDestination):
-    """A history that is part of the checkpoint, so that a run that goes on has all of it; and what monitors log.
+    """A history that is part of the checkpoint, so that a resumed run has all of it, with the metrics of monitors.
 
     Attributes:
-        geometry: ``epoch``, and by name the mean of what ``GradientGeometryMonitor`` logged in it.
+        geometry: ``epoch``, and by name the mean over the epoch of every metric of ``GradientGeometryMonitor``.
     """
 
     def __init__(self) -> None:
@@ -79,6 +69,7 @@ class _Curves(History, LoggerDestination):
 
     @property
     def seconds(self) -> float:
+        """Wall time of all steps."""
         return sum(self._seconds)
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
@@ -110,7 +101,7 @@ class _Curves(History, LoggerDestination):
 
 
 def config_of(recipe: dict[str, Any]) -> dict[str, Any]:
-    """What of a dumped recipe decides the result, as JSON gives it back."""
+    """Return the part of a dumped recipe that the result depends on, in JSON's own types."""
     kept = {key: value for key, value in recipe.items() if key not in _NOT_COMPARED}
     kept['trainer'] = {key: value for key, value in kept.get('trainer', {}).items() if key != 'progress_bar'}
     return json.loads(json.dumps(kept, default=str))
@@ -118,86 +109,75 @@ def config_of(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def train_and_measure(
     recipe: Recipe, report: Report, runs: dict[str, StudyRun], sharpness: Sharpness | None
-) -> dict[str, Any]:
-    """Trains one run, from its newest checkpoint if there is one, measures it, writes its file and returns that.
+) -> RunResult:
+    """Train one run, from its newest checkpoint if there is one, measure the network, and write the run's file.
 
     Args:
-        recipe: Of the run.
-        report: Told how far training is.
-        runs: By their recipes' ``run_name``.
-        sharpness: How to measure it, if so.
+        recipe: the recipe of the run.
+        report: the callback that reports the progress of training.
+        runs: all runs by the ``run_name`` of their recipes.
+        sharpness: how the sharpness is measured; None not to measure it.
     """
     run = runs[str(recipe.run_name)]
     curves = _Curves()
-    trainer = build_trainer(recipe, [*_monitors(recipe), curves, report])
-    try:
-        # As a destination of metrics; in the Trainer it must be a callback, as only those are in checkpoints.
-        trainer.logger.destinations = (*trainer.logger.destinations, curves)
-        if not is_finished(trainer.state):  # as it is where a run was cut off while it was measured
-            trainer.fit()
-        if not curves.test['epoch']:
-            trainer.eval()
-    finally:
-        trainer.close()
-    found = {
-        'name': run.name,
-        'recipe': recipe.name,
-        'values': run.values,
-        'seed': recipe.seed,
-        'accuracy': curves.test['accuracy'][-1],
-        'test_loss': curves.test['loss'][-1],
-        'train_loss': curves.train['loss'][-1],
-        'steps': curves.steps,
-        'seconds': curves.seconds,
-        'sharpness': None if sharpness is None else _measure(trainer, recipe, sharpness),
-        'train': curves.train,
-        'test': curves.test,
-        'geometry': curves.geometry or None,
-        'threads': torch.get_num_threads(),
-        'versions': {
+    trainer = _trained(recipe, curves, report)
+    result = RunResult(
+        name=run.name,
+        recipe=recipe.name,
+        values=run.values,
+        seed=recipe.seed,
+        accuracy=curves.test['accuracy'][-1],
+        test_loss=curves.test['loss'][-1],
+        train_loss=curves.train['loss'][-1],
+        steps=curves.steps,
+        seconds=curves.seconds,
+        sharpness=None if sharpness is None else _measure(trainer, recipe, sharpness),
+        train=curves.train,
+        test=curves.test,
+        geometry=curves.geometry or None,
+        threads=torch.get_num_threads(),
+        versions={
             'composer_sam': __version__,
             'torch': torch.__version__,
             'mosaicml': composer.__version__,
             'python': platform.python_version(),
         },
-        'config': run.config,
-    }
-    found = _finite(found)
-    write(run.file, json.dumps(found, indent=1, allow_nan=False).encode())
+        config=run.config,
+    )
+    content = result.to_json()
+    write_whole(run.file, json.dumps(content, indent=1, allow_nan=False))
     if not run.keep_checkpoints:
         shutil.rmtree(str(recipe.save_folder), ignore_errors=True)
-    return found
+    return RunResult.from_json(content)
+
+
+def _trained(recipe: Recipe, curves: _Curves, report: Report) -> Trainer:
+    """Train a recipe to its end and return its trainer, closed."""
+    trainer = build_trainer(recipe, [*_monitors(recipe), curves, report])
+    try:
+        # The curves are a destination of metrics, and a callback too, as only callbacks are part of checkpoints.
+        trainer.logger.destinations = (*trainer.logger.destinations, curves)
+        if not is_finished(trainer.state):  # it is finished where a run was killed while it was measured
+            trainer.fit()
+        if not curves.test['epoch']:
+            trainer.eval()
+    finally:
+        trainer.close()
+    return trainer
 
 
 def _monitors(recipe: Recipe) -> list[GradientGeometryMonitor]:
-    from composer_sam.methods import registry
-
+    """Return the monitor of a method's directions, for recipes with a method."""
     named = {name.replace('_', '').lower() for name in recipe.algorithms}
     return [GradientGeometryMonitor()] if named & {name.lower() for name in registry} else []
 
 
-def _measure(trainer: Trainer, recipe: Recipe, sharpness: Sharpness) -> dict[str, Any]:
-    """The sharpness of the trained network; of one that has diverged, why it has none."""
+def _measure(trainer: Trainer, recipe: Recipe, sharpness: Sharpness) -> TrainedSharpness:
+    """Measure the trained network; if that fails, as for one that has diverged, return the error."""
     problem = build_problem(recipe, 'train', sharpness.samples)
-    model: Any = trainer.state.model
+    model = trainer.state.model
+    network = getattr(model, '_orig_mod', model)  # a compiled network cannot be differentiated twice
     try:
-        measured = measure(
-            getattr(model, '_orig_mod', model),  # a compiled one cannot be differentiated twice
-            None,
-            problem.batches,
-            measures=('loss', 'gradient_norm', 'top_eigenvalue', 'trace', 'sam_sharpness'),
-            rho=sharpness.rho,
-            microbatch=problem.microbatch,
-        )
+        return TrainedSharpness.of(measure_trained(network, problem, sharpness, _MEASURES))
     except (ValueError, RuntimeError) as error:
-        return {'error': f'{type(error).__name__}: {error}'}
-    return dict(measured.as_dict())
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no word for what is not finite: null stands for it."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return TrainedSharpness(error=f'{type(error).__name__}: {error}')

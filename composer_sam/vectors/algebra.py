@@ -1,18 +1,19 @@
 """Mathematics on weight-space vectors: one tensor per parameter, treated as one long vector.
 
 Every function reads like the formula it computes, works on all tensors at once (``torch._foreach_*``) and is exact
-over shards: a norm or an inner product counts every element of the model once, wherever it lives, and accumulates in
+over shards: a norm or an inner product counts every element of the model once, on whatever rank, and accumulates in
 at least fp32. Nothing here waits for the device: scalars stay 0-dimensional tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from composer_sam.vectors import multi_tensor
 from composer_sam.vectors.layout import Layout
 from composer_sam.vectors.vector import Coefficient, Number, PerParameter, Vector
 
@@ -47,11 +48,13 @@ __all__ = [
 
 _HALF = (torch.float16, torch.bfloat16)
 
+Result = TypeVar('Result', bound=float | Tensor)
 
-def each(function: Callable[..., Any], *numbers: Any) -> Any:
-    """``function(*numbers)``, for every parameter by itself where one of the numbers differs between parameters.
 
-    Equal arguments share one result, so what is computed once is also applied in one multi-tensor call.
+def each(function: Callable[..., Result], *numbers: Number) -> Result | PerParameter:
+    """Return ``function(*numbers)``, one result per parameter if one of the numbers differs between parameters.
+
+    Equal arguments share one result, so that one multi-tensor call can apply it.
     """
     lengths = [len(number) for number in numbers if isinstance(number, PerParameter)]
     if not lengths:
@@ -63,40 +66,41 @@ def each(function: Callable[..., Any], *numbers: Any) -> Any:
 
 
 def norm(x: Vector) -> Tensor:
-    r"""The L2 norm :math:`\lVert x \rVert` over all elements of all ranks' shards, a 0-dimensional tensor."""
+    r"""Return the L2 norm :math:`\lVert x \rVert` over all elements of all ranks' shards, a 0-dimensional tensor."""
     return dots((x, x))[0].sqrt()
 
 
 def norms(x: Vector) -> list[Tensor]:
-    """The L2 norm of each parameter's tensor, over all its shards, in the order of ``x.where``."""
-    squares = _multi(_inner, x.values, x.values, x.layout.accumulator)
+    """Return the L2 norm of each parameter's tensor, over all its shards, in the order of ``x.where``."""
+    squares = _inner(x.values, x.values, x.layout.accumulator)
     squares = x.layout.totals(squares, x.where) if x.layout.sharded else squares
     return [square.sqrt() for square in squares]
 
 
 def dot(x: Vector, y: Vector) -> Tensor:
-    r"""The inner product :math:`\langle x, y \rangle` over all elements of all ranks' shards."""
+    r"""Return the inner product :math:`\langle x, y \rangle` over all elements of all ranks' shards."""
     return dots((x, y))[0]
 
 
 def dots(*pairs: tuple[Vector, Vector]) -> list[Tensor]:
-    """The inner products of several pairs of vectors, in one collective."""
+    """Return the inner products of several pairs of vectors, by one collective."""
     together = _aligned(*(vector for pair in pairs for vector in pair))
-    columns, factors = [], []
+    columns: list[list[Tensor]] = []
+    factors: list[float] = []
     for x, y in zip(together[::2], together[1::2], strict=True):
         (a, a_factor), (b, b_factor) = x.terms(), y.terms()
-        columns.append(_multi(_inner, a, b, x.layout.accumulator))
+        columns.append(_inner(a, b, x.layout.accumulator))
         factors.append(a_factor * b_factor)
     sums = together[0].layout.sums(columns, together[0].where)
     return [total if factor == 1 else total * factor for total, factor in zip(sums, factors, strict=True)]
 
 
 def scale(x: Vector, factor: Coefficient) -> Vector:
-    """``factor * x``; in place where ``x`` is donated. Products of half-precision tensors are rounded once."""
+    """Return ``factor * x``, in place if ``x`` is donated. Products of half-precision tensors are rounded once."""
     half = _half(x)
     factor = factor if half else _number(factor)
     if not x.donated and not half and not isinstance(factor, PerParameter):
-        return x.like(_multi(torch._foreach_mul, x.values, factor))
+        return x.like(multi_tensor.multiply(x.values, factor))
     if x.donated and not half and isinstance(factor, float):
         return x.times(factor)
     values = x.values if x.donated else [value.clone() for value in x.values]
@@ -104,72 +108,72 @@ def scale(x: Vector, factor: Coefficient) -> Vector:
         if half and isinstance(c, Tensor):
             # A 0-dimensional factor would itself be rounded to the half type first (0.4% off in bf16); a
             # 1-dimensional one takes part in type promotion.
-            _multi(torch._foreach_mul_, chosen, [c.reshape(1) if value.dim() else c for value in chosen])
+            multi_tensor.multiply_(chosen, [c.reshape(1) if value.dim() else c for value in chosen])
         else:
-            _multi(torch._foreach_mul_, chosen, c)
+            multi_tensor.multiply_(chosen, c)
     return x.like(values)
 
 
 def add(x: Vector, y: Vector) -> Vector:
-    """``x + y``, in the memory of whichever of the two is donated."""
+    """Return ``x + y``, in the memory of ``x`` or ``y`` if one is donated."""
     if y.donated and not x.donated:
         x, y = y, x
     return axpy(1.0, y, x)
 
 
 def subtract(x: Vector, y: Vector) -> Vector:
-    """``x - y``, in the memory of ``x`` where it is donated."""
+    """Return ``x - y``, in the memory of ``x`` if it is donated."""
     return axpy(-1.0, y, x)
 
 
 def axpy(a: Coefficient, x: Vector, y: Vector) -> Vector:
-    """``a * x + y``, in the memory of ``y`` where it is donated."""
+    """Return ``a * x + y``, in the memory of ``y`` if it is donated."""
     a = a if _half(x) else _number(a)
     if not isinstance(a, (int, float)):
         return add(scale(x, a), y)
     x, y = _aligned(x, y)
     values, factor = x.terms()
     if not y.donated:
-        return y.like(_multi(torch._foreach_add, y.values, values, alpha=a * factor))
-    _multi(torch._foreach_add_, y.values, values, alpha=a * factor)
+        return y.like(multi_tensor.add(y.values, values, a * factor))
+    multi_tensor.add_(y.values, values, a * factor)
     return y.like(y.values)
 
 
 def multiply(x: Vector, y: Vector) -> Vector:
-    """The elementwise product, in the memory of ``x`` where it is donated; zero where either is structurally zero."""
+    """Return the elementwise product, in the memory of ``x`` if it is donated; zero where either has no entry."""
     x, y = restrict(x, y.where), restrict(y, x.where)
     if not x.donated:
-        return x.like(_multi(torch._foreach_mul, x.values, y.values))
-    _multi(torch._foreach_mul_, x.values, y.values)
+        return x.like(multi_tensor.multiply(x.values, y.values))
+    multi_tensor.multiply_(x.values, y.values)
     return x.like(x.values)
 
 
 def absolute(x: Vector, plus: float = 0.0) -> Vector:
-    """``|x| + plus``, elementwise."""
-    values = _multi(torch._foreach_abs, x.values)
+    """Return ``|x| + plus``, elementwise."""
+    values = multi_tensor.absolute(x.values)
     if plus:
-        _multi(torch._foreach_add_, values, plus)
+        multi_tensor.add_(values, plus)
     return x.like(values)
 
 
 def sign(x: Vector) -> Vector:
-    """The sign of every element: -1, 0 or 1."""
-    return x.like(_multi(torch._foreach_sign, x.values))
+    """Return the sign of every element: -1, 0 or 1."""
+    return x.like(multi_tensor.sign(x.values))
 
 
 def ones_like(x: Vector) -> Vector:
-    """1 in every element that ``x`` has."""
+    """Return a vector with 1 in every element that ``x`` has."""
     return x.like([torch.ones_like(value) for value in x.values])
 
 
 def join(x: Vector, y: Vector) -> Vector:
-    """Two vectors on different parameters as one."""
+    """Return two vectors on different parameters as one vector."""
     pairs = sorted(zip((*x.where, *y.where), (*x.values, *y.values), strict=True), key=lambda pair: pair[0])
     return Vector([value for _, value in pairs], [place for place, _ in pairs], x.layout)
 
 
 def rescale(x: Vector, like: Vector, granularity: str) -> Vector:
-    r"""The direction of ``x`` with the magnitude of ``like``; zero where ``x`` is.
+    r"""Return the direction of ``x`` with the magnitude of ``like``; zero where ``x`` is zero.
 
     ``'global'``: :math:`x \lVert \text{like} \rVert / \lVert x \rVert`; ``'tensor'``: the same for every parameter's
     tensor; ``'elementwise'``: :math:`\operatorname{sign}(x) |\text{like}|`.
@@ -188,7 +192,7 @@ def rescale(x: Vector, like: Vector, granularity: str) -> Vector:
 
 
 def spatial_mean(x: Vector) -> Vector:
-    """Convolution kernels (3 to 5 dimensions) averaged over their spatial elements; all other tensors as they are."""
+    """Return ``x``, its convolution kernels (3 to 5 dimensions) averaged over space, its other tensors unchanged."""
 
     def averaged(value: Tensor) -> Tensor:
         spatial = tuple(range(2, value.dim()))
@@ -198,10 +202,10 @@ def spatial_mean(x: Vector) -> Vector:
 
 
 def share(condition: Callable[[Tensor, Tensor], Tensor], x: Vector, y: Vector) -> Tensor:
-    """The share of elements, over all ranks' shards, for which ``condition`` holds; 0 where there is no element.
+    """Return the share of elements, over all ranks' shards, for which ``condition`` holds; 0 if there is no element.
 
     Raises:
-        ValueError: flat parameters, which hold padding beside the weights.
+        ValueError: the parameters are flat, so that they hold padding beside the weights.
     """
     x, y = _aligned(x, y)
     layout = x.layout
@@ -218,9 +222,9 @@ def share(condition: Callable[[Tensor, Tensor], Tensor], x: Vector, y: Vector) -
 
 
 def rademacher(layout: Layout, seed: int) -> Vector:
-    """A vector of random signs: the same on every rank for the same seed, and from a random stream of its own."""
+    """Return a vector of random signs: the same on every rank for the same seed, and from a separate random stream."""
     generators: dict[torch.device, torch.Generator] = {}
-    values = []
+    values: list[Tensor] = []
     for parameter in layout.parameters:
         if parameter.device not in generators:
             generators[parameter.device] = torch.Generator(parameter.device).manual_seed(seed)
@@ -230,7 +234,7 @@ def rademacher(layout: Layout, seed: int) -> Vector:
 
 
 def restrict(x: Vector, where: Iterable[int]) -> Vector:
-    """``x`` on the parameters ``where``, zero on all others; shares the memory of ``x``."""
+    """Return ``x`` on the parameters ``where``, zero on all others; it shares the memory of ``x``."""
     kept = set(where)
     if kept.issuperset(x.where):
         return x
@@ -239,16 +243,16 @@ def restrict(x: Vector, where: Iterable[int]) -> Vector:
 
 
 def to_radius(x: Vector, rho: Number, epsilon: Number = 1e-12, metric: Vector | None = None) -> Vector:
-    r"""The vector along ``x`` of length ``rho``: the ascent step of the first-order methods.
+    r"""Return the vector along ``x`` of length ``rho``: the ascent step of the first-order methods.
 
     .. math:: e = \rho \, \frac{T^2 x}{\lVert T x \rVert + \epsilon}
 
     with the elementwise ``metric`` T, by default 1; a sign in T has no effect. The zero vector stays zero, also for
-    ``epsilon=0``. Where groups have a ``rho`` of their own the norm is still the one norm over all parameters. In place
-    where ``x`` is donated.
+    ``epsilon=0``. If groups set their own ``rho``, the norm is still taken over all parameters. In place if ``x`` is
+    donated.
     """
     if metric is not None:
-        x = multiply(x, metric).donate()  # the product is nobody else's
+        x = multiply(x, metric).donate()  # nothing else uses the product
     length = norm(x)
     if metric is not None:
         x = multiply(x, metric).donate()
@@ -258,12 +262,12 @@ def to_radius(x: Vector, rho: Number, epsilon: Number = 1e-12, metric: Vector | 
 
     found = each(factor, rho, epsilon)
     number = _number(found)
-    # A multiple that is placed and forgotten needs no memory.
+    # A multiple with a pending factor needs no memory.
     return x.times(number) if isinstance(number, float) and not _half(x) else scale(x, found)
 
 
 def clip(x: Vector, max_norm: float) -> Vector:
-    r"""``x`` shortened to ``max_norm`` where it is longer, as :func:`torch.nn.utils.clip_grad_norm_` does it.
+    r"""Return ``x`` scaled down to ``max_norm`` if it is longer, as :func:`torch.nn.utils.clip_grad_norm_` does.
 
     .. math:: x \, \min\left(1, \frac{\text{max\_norm}}{\lVert x \rVert + 10^{-6}}\right)
     """
@@ -271,7 +275,7 @@ def clip(x: Vector, max_norm: float) -> Vector:
 
 
 def reject(x: Vector, y: Vector, epsilon: float = 0.0) -> Vector:
-    r"""The part of ``x`` orthogonal to ``y``.
+    r"""Return the part of ``x`` orthogonal to ``y``.
 
     .. math:: x - \cos(x, y) \, \lVert x \rVert \, \frac{y}{\lVert y \rVert + \epsilon}, \qquad
         \cos(x, y) = \frac{\langle x, y \rangle}{\lVert x \rVert \lVert y \rVert + \epsilon}
@@ -283,25 +287,20 @@ def reject(x: Vector, y: Vector, epsilon: float = 0.0) -> Vector:
 
 
 def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator; 0 where the denominator is 0, which here only a zero vector makes it."""
+    """Return numerator / denominator; 0 where the denominator is 0, which happens here only for a zero vector."""
     return torch.where(denominator == 0, torch.zeros_like(numerator), numerator / denominator)
 
 
-def _multi(operation: Callable[..., Any], values: list[Tensor], *others: Any, **options: Any) -> Any:
-    """A multi-tensor operation; torch itself refuses an empty list, such as a rank whose shards are all empty."""
-    return operation(values, *others, **options) if values else []
-
-
 def _inner(x: list[Tensor], y: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The inner product of each pair of tensors, accumulated in ``dtype``."""
+    """Return the inner product of each pair of tensors, accumulated in ``dtype``."""
     if x is y and not all(v.device.type == 'cpu' and v.dtype == dtype and v.is_contiguous() for v in x):
-        return [length.square() for length in torch._foreach_norm(x, 2, dtype=dtype)]
-    # BLAS reads memory faster than the norm does; on the CPU a step waits for little else.
+        return [length.square() for length in multi_tensor.norm(x, dtype=dtype)]
+    # BLAS reads memory faster than the norm does, and memory limits the speed of a step on the CPU.
     return [torch.dot(a.reshape(-1).to(dtype), b.reshape(-1).to(dtype)) for a, b in zip(x, y, strict=True)]
 
 
 def _aligned(*vectors: Vector) -> tuple[Vector, ...]:
-    """The vectors over the same parameters: a structural zero that meets a value is written out."""
+    """Return the vectors over the same parameters: an entry that only some of them have is zero in the others."""
     if len({vector.where for vector in vectors}) == 1:
         return vectors
     union = sorted({place for vector in vectors for place in vector.where})
@@ -320,17 +319,19 @@ def _half(x: Vector) -> bool:
 
 
 def _number(factor: Coefficient) -> Coefficient:
-    """A factor as a number where that waits for nothing: in the CPU's memory, and equal for all parameters."""
+    """Return the factor as a number if that needs no wait: it is in CPU memory and equal for all parameters."""
     if isinstance(factor, PerParameter) and factor and len({id(c) for c in factor}) == 1:
         factor = factor[0]
     return factor.item() if isinstance(factor, Tensor) and factor.device.type == 'cpu' else factor
 
 
-def _by_factor(values: list[Tensor], where: tuple[int, ...], factor: Coefficient) -> list[tuple[list[Tensor], Any]]:
-    """The values that share a factor, with that factor: as many multi-tensor calls as there are different factors."""
+def _by_factor(
+    values: list[Tensor], where: tuple[int, ...], factor: Coefficient
+) -> list[tuple[list[Tensor], float | Tensor]]:
+    """Group the values by their factor, so that there is one multi-tensor call per different factor."""
     if not isinstance(factor, PerParameter):
         return [(values, factor)]
-    chosen: dict[int, tuple[list[Tensor], Any]] = {}
+    chosen: dict[int, tuple[list[Tensor], float | Tensor]] = {}
     for value, place in zip(values, where, strict=True):
         chosen.setdefault(id(factor[place]), ([], factor[place]))[0].append(value)
     return list(chosen.values())

@@ -1,4 +1,4 @@
-"""How parameters are spread over ranks, and sums over all ranks that count each element once."""
+"""The layout of parameters over ranks, and sums over all ranks that count each element once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from composer_sam.vectors.multi_tensor import copy_, split
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 __all__ = ['Groups', 'Layout', 'average', 'is_dtensor', 'largest', 'local', 'real', 'several_processes', 'shaped_like']
 
-# The process groups over which one parameter is sharded; none where every rank holds all of it.
+# The process groups over which one parameter is sharded; empty if every rank holds all of it.
 Groups: TypeAlias = tuple[dist.ProcessGroup, ...]
 
 _ORDINARY = (Tensor, nn.Parameter)
@@ -35,19 +37,19 @@ class Layout:
         self.groups: tuple[Groups, ...] = ((),) * len(self.parameters) if groups is None else tuple(groups)
         self.padded = padded
         self.sharded = any(self.groups)
-        # Nothing to unwrap: neither DTensors nor complex numbers.
+        # Whether nothing must be unwrapped: there are no DTensors and no complex numbers.
         self.plain = not any(is_dtensor(p) or p.is_complex() for p in parameters)
         self.accumulator = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
 
     def stack(self, scalars: Sequence[Tensor]) -> Tensor:
-        """0-dimensional tensors as one 1-dimensional tensor, on the first one's device."""
+        """Return 0-dimensional tensors as one 1-dimensional tensor, on the device of the first."""
         device = scalars[0].device
         return torch.stack([s if s.device == device else s.to(device) for s in scalars])
 
     def sums(self, columns: Sequence[Sequence[Tensor]], where: Sequence[int]) -> list[Tensor]:
-        """For each column of partial results its sum over all ranks that hold a shard of the parameter each belongs to.
+        """Return the sum of each column of partial results, over all ranks that hold shards of their parameters.
 
-        One collective per set of ranks for all columns together, with however few entries this rank contributes.
+        There is one collective per set of ranks, for all columns together, even if this rank contributes no entry.
         """
         if not self.sharded:
             return [self.stack(column).sum() if column else self._zero() for column in columns]
@@ -63,7 +65,7 @@ class Layout:
         return list(torch.stack([total.to(device) for total in totals]).sum(0))
 
     def totals(self, partials: Sequence[Tensor], where: Sequence[int]) -> list[Tensor]:
-        """Each parameter's partial result, summed over the ranks that hold a shard of it."""
+        """Return each parameter's partial result, summed over the ranks that hold a shard of it."""
         own = dict(zip(where, partials, strict=True))
         sums: dict[int, Tensor] = {}
         for groups in dict.fromkeys(self.groups):
@@ -78,27 +80,27 @@ class Layout:
 
 
 def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether ``tensor`` is spread over ranks by torch itself (FSDP2, tensor parallelism)."""
+    """Return whether ``tensor`` is spread over ranks by torch itself (FSDP2, tensor parallelism)."""
     if type(tensor) in _ORDINARY:
         return False
-    # Not imported here, which takes longer than the rest of torch: nobody can have made one without the module.
+    # Not imported here, because that is slow: no DTensor can exist before its module is imported.
     module = sys.modules.get('torch.distributed.tensor')
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of ``tensor`` that lies on this rank, sharing its memory."""
+    """Return the part of ``tensor`` on this rank, sharing its memory."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def real(tensor: Tensor) -> Tensor:
-    """The local part of a tensor, complex numbers as pairs of real ones; shares its memory."""
+    """Return the local part of a tensor, with complex numbers as pairs of real ones, sharing its memory."""
     part = local(tensor)
     return torch.view_as_real(part) if part.is_complex() else part
 
 
 def shaped_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """A local tensor of vector mathematics in the form the parameter's optimizer expects: complex, or a DTensor."""
+    """Return a local tensor in the form that the parameter's optimizer expects: complex, or a DTensor."""
     if local(parameter).is_complex():
         value = torch.view_as_complex(value)
     if is_dtensor(parameter):
@@ -114,26 +116,26 @@ def shaped_like(parameter: Tensor, value: Tensor) -> Tensor:
 
 
 def several_processes() -> bool:
-    """Whether there is a process group; it may have one rank only."""
+    """Return whether there is a process group; it may have only one rank."""
     return dist.is_available() and dist.is_initialized()
 
 
 def largest(flag: Tensor) -> Tensor:
-    """The largest of all ranks' flags, by one reduction in the memory of this rank's."""
+    """Return the largest of all ranks' flags, by one reduction in the memory of this rank's flag."""
     if several_processes():
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        _all_reduce(flag, dist.ReduceOp.MAX)
     return flag
 
 
 def average(
     values: Sequence[Tensor], where: Sequence[int], layout: Layout, group: dist.ProcessGroup | None
 ) -> tuple[list[Tensor], list[int]]:
-    """The mean over ranks of one tensor per parameter, in one collective per data type.
+    """Return the mean over ranks of one tensor per parameter, by one collective per data type.
 
-    A parameter that has no tensor on this rank counts as zero, and is in the result if any rank has one for it.
+    A parameter without a tensor on this rank counts as zero; it is in the result if any rank has a tensor for it.
 
     Returns:
-        The averaged tensors and their places in ``layout.parameters``.
+        The averaged tensors and their indices in ``layout.parameters``.
     """
     own = dict(zip(where, values, strict=True))
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -144,19 +146,21 @@ def average(
         pieces = [own.get(place) for place in places]
         sizes = [layout.parameters[place].numel() for place in places]
         buffer = torch.zeros(sum(sizes) + len(places), device=device, dtype=dtype)
-        *segments, present = buffer.split([*sizes, len(places)])
+        parts = split(buffer, [*sizes, len(places)])
+        present = parts.pop()
         views = [
             segment.as_strided(parameter.size(), _dense_stride(parameter))
-            for segment, parameter in zip(segments, (layout.parameters[place] for place in places), strict=True)
+            for segment, parameter in zip(parts, (layout.parameters[place] for place in places), strict=True)
         ]
         filled = [(view, piece) for view, piece in zip(views, pieces, strict=True) if piece is not None]
         if filled:
-            torch._foreach_copy_([view for view, _ in filled], [piece for _, piece in filled])
+            copy_([view for view, _ in filled], [piece for _, piece in filled])
         present.copy_(torch.tensor([piece is not None for piece in pieces]))
-        dist.all_reduce(buffer, group=group)
+        _all_reduce(buffer, dist.ReduceOp.SUM, group)
         buffer /= dist.get_world_size(group)
-        # The device is asked only for what this rank cannot know.
-        anywhere = [True] * len(places) if len(filled) == len(places) else (present > 0).tolist()
+        # Read from the device only if this rank cannot know the answer.
+        everywhere = len(filled) == len(places)
+        anywhere: list[bool] = [True] * len(places) if everywhere else (present > 0).tolist()  # pyright: ignore
         averaged.update((place, view) for place, view, some in zip(places, views, anywhere, strict=True) if some)
     found = sorted(averaged)
     return [averaged[place] for place in found], found
@@ -164,10 +168,14 @@ def average(
 
 def _summed(tensor: Tensor, groups: Groups) -> Tensor:
     for group in groups:
-        dist.all_reduce(tensor, group=group)
+        _all_reduce(tensor, dist.ReduceOp.SUM, group)
     return tensor
 
 
+def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None = None) -> None:
+    dist.all_reduce(tensor, op, group)  # pyright: ignore[reportUnknownMemberType]
+
+
 def _dense_stride(parameter: Tensor) -> tuple[int, ...]:
-    """The strides a gradient of the parameter has: the parameter's own, without gaps."""
+    """Return the strides of a gradient of the parameter: the parameter's own, without gaps."""
     return parameter.stride() if parameter.is_contiguous() else torch.empty_like(parameter, device='meta').stride()

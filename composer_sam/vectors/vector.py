@@ -1,19 +1,19 @@
-"""A vector in weight space: one tensor per parameter. What is computed with it stands in ``algebra.py``."""
+"""A vector in weight space: one tensor per parameter. The operations on it are in ``algebra.py``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
+from composer_sam.vectors import multi_tensor
 from composer_sam.vectors.layout import Layout
 
 __all__ = ['Coefficient', 'Number', 'PerParameter', 'Vector']
 
 
-class PerParameter(tuple):
+class PerParameter(tuple['float | Tensor', ...]):
     """One number per parameter of the model: a hyper-parameter whose value differs between parameter groups."""
 
 
@@ -27,10 +27,10 @@ class Vector:
 
     Args:
         values: the local tensors of the parameters that are not structurally zero.
-        where: for each of them the parameter's place in ``layout.parameters``, ascending. A parameter that got no
-            gradient has no entry: it is zero, and it costs nothing.
+        where: for each of them the parameter's index in ``layout.parameters``, ascending. A parameter without a
+            gradient has no entry: it is zero and costs nothing.
         layout: the parameters and how they are spread over ranks.
-        donated: the memory may be overwritten by the next operation, see :meth:`donate`.
+        donated: whether the next operation may overwrite the memory, see :meth:`donate`.
     """
 
     __slots__ = ('_borrowed', '_factor', '_values', 'donated', 'layout', 'where')
@@ -40,36 +40,36 @@ class Vector:
         self.where = tuple(where)
         self.layout = layout
         self.donated = donated
-        self._factor: float | None = None  # by which the values are still to be multiplied, see :meth:`times`
-        self._borrowed: list[int] | None = None  # the values are another vector's, as they were at these versions
+        self._factor: float | None = None  # still to be multiplied into the values, see :meth:`times`
+        self._borrowed: list[int] | None = None  # versions of the values, if another vector owns them
 
     @property
     def values(self) -> list[Tensor]:
         values, factor = self.terms()
         if self._factor is not None:
-            if values and self._borrowed is None:
-                torch._foreach_mul_(values, factor)
-            elif values:  # a rank's shards may all be empty
-                values = self._values = list(torch._foreach_mul(values, factor))
+            if self._borrowed is None:
+                multi_tensor.multiply_(values, factor)
+            else:
+                values = self._values = multi_tensor.multiply(values, factor)
             self._factor = self._borrowed = None
         return values
 
     def terms(self) -> tuple[list[Tensor], float]:
-        """Tensors and a factor whose product the vector is. They are read, never written."""
+        """Return tensors and a factor whose product is the vector. The tensors may be read, never written."""
         if self._values is None:
             raise RuntimeError('this vector was donated: its memory has been reused, so it cannot be read any more')
         if self._borrowed is not None and self._borrowed != _versions(self._values):
-            raise RuntimeError('the vector this one is a multiple of was overwritten: read .values before')
+            raise RuntimeError('the vector that this one is a multiple of was overwritten: read .values before that')
         return self._values, 1.0 if self._factor is None else self._factor
 
     def times(self, factor: float) -> Vector:
-        """This vector times a number, multiplied out when somebody reads its values: in place where it was donated.
+        """Return this vector times a number. Reading ``values`` computes the product, in place if this one is donated.
 
-        Placing the weights, sums and norms do not read them: they multiply in the same pass over the memory, which is
-        what a step on the CPU waits for.
+        Placing the weights, sums and norms do not read ``values``: they multiply in the same pass over the memory,
+        which limits the speed of a step on the CPU.
         """
         if not self.donated:
-            _ = self.values  # multiplied out now: one factor can wait in one place only
+            _ = self.values  # computed now: a vector has only one pending factor
         values, own = self.terms()
         product = self.like(values)
         product._factor = own * factor
@@ -77,7 +77,7 @@ class Vector:
         return product
 
     def take(self) -> tuple[list[Tensor], float, bool]:
-        """:meth:`terms`, and whether the tensors may be written to; a donated vector gives them up."""
+        """Return :meth:`terms` and whether the tensors may be written to. A donated vector gives its tensors up."""
         values, factor = self.terms()
         free = self.donated and self._borrowed is None
         if self.donated:
@@ -85,11 +85,11 @@ class Vector:
         return values, factor, free
 
     def donate(self) -> Vector:
-        """Hand the memory to one operation, which may overwrite it; this vector can no longer be read.
+        """Give the memory to one operation, which may overwrite it; this vector can no longer be read.
 
-        What a method does not need again it donates, and a parameter-sized copy is saved:
-        ``to_radius(grad.donate(), rho)`` scales the gradient where it lies. The operation's result is an ordinary
-        vector again.
+        A method donates what it does not need again and so saves a parameter-sized copy:
+        ``to_radius(grad.donate(), rho)`` scales the gradient in place. The operation's result is an ordinary vector
+        again.
         """
         moved = Vector(self.terms()[0], self.where, self.layout, donated=True)
         moved._factor, moved._borrowed = self._factor, self._borrowed
@@ -97,7 +97,7 @@ class Vector:
         return moved
 
     def like(self, values: Sequence[Tensor]) -> Vector:
-        """A vector of other values on the same parameters."""
+        """Return a vector of other values on the same parameters."""
         return Vector(values, self.where, self.layout)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from composer_sam import SAM, SharpnessAwareOptimizer, registry
-from tests.problems import BASES, Closure, batches, needs_graph, network, same, snapshot
+from tests.problems import BASES, Closure, batches, gradient, needs_graph, network, part, same, snapshot
 
 EVERY_PASS = [(name, index) for name, method in registry.items() for index in range(1, method().passes + 1)]
 every_pass = pytest.mark.parametrize(('name', 'index'), EVERY_PASS)
@@ -30,8 +30,8 @@ class _Broken(Closure):
         if self.calls == self.at:
             if self.what == 'loss':
                 return loss + math.inf
-            last = self.model[-1].bias
-            last.grad = last.grad + torch.tensor([0.0, float(self.what), 0.0, 0.0], dtype=last.dtype)
+            last = part(self.model, '6', nn.Linear).bias
+            last.grad = gradient(last) + torch.tensor([0.0, float(self.what), 0.0, 0.0], dtype=last.dtype)
         return loss
 
 
@@ -180,7 +180,7 @@ def test_skip_reports_once(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_an_unknown_policy_is_an_error() -> None:
     with pytest.raises(ValueError, match="on_nonfinite must be one of propagate, skip, got 'ignore'"):
-        SAM(on_nonfinite='ignore')
+        registry['SAM'](on_nonfinite=cast(Any, 'ignore'))
 
 
 def test_copies_keep_the_policy() -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from composer_sam import GAM, SAM, SharpnessAwareOptimizer, registry
-from tests.problems import BASES, batches, needs_graph, network, same, snapshot
+from composer_sam import GAM, SAM, SGDHess, SharpnessAwareOptimizer, registry
+from tests.problems import BASES, batches, gradient, needs_graph, network, same, snapshot
 
 METHODS = sorted(registry)
 TWO_PASSES = [name for name in METHODS if registry[name]().passes == 2]
@@ -204,7 +204,7 @@ def test_first_step_leaves_the_gradient_if_it_is_not_to_be_zeroed() -> None:
     optimizer = SharpnessAwareOptimizer(BASES['SGD'](model.parameters()), SAM(), model)
     scaler = torch.amp.GradScaler('cpu', enabled=False)
     backward(model, batches(1)[0], scaler, False)
-    gradients = [p.grad.clone() for p in model.parameters()]
+    gradients = [gradient(p).clone() for p in model.parameters()]
     optimizer.first_step()
     assert same(gradients, [p.grad for p in model.parameters()])
     optimizer.zero_grad()
@@ -254,7 +254,7 @@ def test_only_the_chosen_parameters_are_perturbed(name: str, selection: Any, mov
         backward(model, batches(1)[0], torch.amp.GradScaler('cpu', enabled=False), False)
     assert {n for n, offset in offsets[1].items() if offset.any()} == moved
     if name == 'SAM':  # the radius is that of the chosen ones
-        length = torch.sqrt(sum((o**2).sum() for o in offsets[1].values()))
+        length = torch.cat([o.reshape(-1) for o in offsets[1].values()]).norm()
         torch.testing.assert_close(length, torch.tensor(0.05), rtol=1e-4, atol=0)
     assert all(not torch.equal(before[n], p) for n, p in model.named_parameters())  # all got the direction
 
@@ -310,7 +310,7 @@ def test_bad_schedules_are_named(schedules: Any, message: str) -> None:
 
 
 def test_a_schedule_out_of_range_fails_with_the_weights_as_they_were() -> None:
-    from composer.optim import CosineAnnealingScheduler
+    CosineAnnealingScheduler = pytest.importorskip('composer.optim').CosineAnnealingScheduler
 
     model = network()
     before = copy.deepcopy(model.state_dict())
@@ -338,7 +338,7 @@ def test_sgd_hess_needs_a_differentiable_backward_and_leaves_no_graph() -> None:
 
     def tensors() -> int:
         gc.disable()  # a graph kept in a cycle must not be found by luck
-        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
 
     counts = []
     for step in range(200):
@@ -347,7 +347,7 @@ def test_sgd_hess_needs_a_differentiable_backward_and_leaves_no_graph() -> None:
             counts.append(tensors())
     gc.enable()
     assert counts[1] <= counts[0]
-    assert all(not p.grad.requires_grad for p in model.parameters())
+    assert all(not gradient(p).requires_grad for p in model.parameters())
 
 
 def test_the_curvature_of_sgd_hess_is_kept_between_its_steps_and_in_checkpoints() -> None:
@@ -356,9 +356,7 @@ def test_the_curvature_of_sgd_hess_is_kept_between_its_steps_and_in_checkpoints(
 
     def run(until: int, resume: Any = None) -> Any:
         model = network(dropout=0.0)
-        optimizer = SharpnessAwareOptimizer(
-            BASES['SGD'](model.parameters()), registry['SGDHess'](interval_hessian=3), model
-        )
+        optimizer = SharpnessAwareOptimizer(BASES['SGD'](model.parameters()), SGDHess(interval_hessian=3), model)
         if resume is not None:
             model.load_state_dict(resume[0])
             optimizer.load_state_dict(resume[1])

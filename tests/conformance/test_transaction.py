@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -13,13 +13,26 @@ import torch
 from torch import nn
 
 from composer_sam import SharpnessAwareOptimizer, registry
-from tests.problems import BASES, Closure, Recorder, batches, coupled, needs_graph, network, same, snapshot
+from composer_sam.engine.rule import OnNonfinite
+from tests.problems import (
+    BASES,
+    Closure,
+    Recorder,
+    batches,
+    coupled,
+    gradient,
+    needs_graph,
+    network,
+    part,
+    same,
+    snapshot,
+)
 
 EVERY_PASS = [(name, index) for name, method in registry.items() for index in range(1, method().passes + 1)]
 METHODS = sorted(registry)
 
 
-def wrapped(name: str, base: str = 'SGD', **kwargs) -> tuple[nn.Module, SharpnessAwareOptimizer]:
+def wrapped(name: str, base: str = 'SGD', **kwargs: Any) -> tuple[nn.Sequential, SharpnessAwareOptimizer]:
     model = network(**kwargs)
     return model, SharpnessAwareOptimizer(BASES[base](model.parameters()), registry[name](), model)
 
@@ -91,7 +104,7 @@ def test_a_non_finite_gradient_leaves_no_perturbation_behind(name: str, index: i
     def closure() -> torch.Tensor:
         loss = inner()
         if inner.calls == index:
-            next(model.parameters()).grad.view(-1)[0] = float('nan')
+            gradient(next(model.parameters())).view(-1)[0] = float('nan')
         return loss
 
     optimizer.step(closure)
@@ -110,7 +123,9 @@ def test_random_streams_and_buffers_are_where_a_plain_step_leaves_them(name: str
     batch = batches(1)[0]
     states = []
     for model, one in ((plain, base), (sharp, optimizer)):
-        torch.manual_seed(5), np.random.seed(5), random.seed(5)
+        torch.manual_seed(5)
+        np.random.seed(5)
+        random.seed(5)
         inner = Closure(model, batch, graph=needs_graph(name))
 
         def closure(inner: Closure = inner) -> torch.Tensor:
@@ -147,7 +162,9 @@ def test_exchange_and_copy_give_the_same_bits(name: str, monkeypatch: pytest.Mon
         torch.manual_seed(2)
         addresses = [p.data_ptr() for p in model.parameters()]
         seen = []
-        inner = model[0].register_forward_hook(lambda module, *_: seen.append(module.weight.data_ptr()))  # noqa: B023
+        inner = part(model, '0', nn.Linear).register_forward_hook(
+            lambda module, args, output, seen=seen: seen.append(cast(nn.Linear, module).weight.data_ptr())
+        )
         for batch in batches(8):
             optimizer.step(Closure(model, batch, graph=needs_graph(name)))
         inner.remove()
@@ -164,7 +181,7 @@ def test_nothing_is_held_between_steps(name: str) -> None:
 
     def held(optimizer: torch.optim.Optimizer, model: nn.Module) -> int:
         gc.collect()
-        tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+        tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     model = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 4))
@@ -195,7 +212,7 @@ class _Marked(torch.autograd.Function):
 
 @pytest.mark.parametrize('policy', ['propagate', 'skip'])
 @pytest.mark.parametrize('name', sorted(registry))
-def test_no_pass_outlives_its_step(name: str, policy: str) -> None:
+def test_no_pass_outlives_its_step(name: str, policy: OnNonfinite) -> None:
     """A loss that is kept keeps its graph, and one that can be differentiated again the whole network's activations."""
     _Marked.marks.clear()
     model = nn.Sequential(nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 4))
@@ -218,7 +235,7 @@ class _Counting(nn.Module):
         super().__init__()
         self.forwards = 0
         self.hidden = torch.zeros(9)
-        self.mask: torch.Tensor | None = None
+        self.mask = torch.empty(0)
         self.seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ __all__ = ['Quadratic', 'ball_maximum', 'batches', 'classifier', 'dense_hessian'
 
 class Quadratic(nn.Module):
     """L(w) = w A w / 2 + b w for every sample; w is spread over a matrix called weight and a vector called bias."""
+
+    matrix: Tensor
+    vector: Tensor
 
     def __init__(self, matrix: Tensor, vector: Tensor, at: Tensor):
         super().__init__()
@@ -68,7 +72,10 @@ def ball_maximum(matrix: Tensor, gradient: Tensor, rho: float) -> float:
         e = at(0.0)
     else:
         high = low + np.linalg.norm(g) / rho + 1.0
-        e = at(brentq(lambda mu: np.linalg.norm(at(mu)) - rho, low + 1e-12, high, xtol=1e-15, rtol=1e-14))
+        root: Any = brentq(
+            lambda mu: np.linalg.norm(at(mu)) - rho, low + 1e-12, high, xtol=1e-15, rtol=np.float64(1e-14)
+        )
+        e = at(root)
     return float(g @ e + (values * e * e).sum() / 2)
 
 

@@ -1,8 +1,9 @@
-"""A small network, samples for it, and a loss that fails when told to."""
+"""A small network, samples for it, and a loss that fails at a given call."""
 
 from __future__ import annotations
 
 import os
+from typing import cast
 
 import numpy as np
 import torch
@@ -10,17 +11,36 @@ from torch import Tensor, nn
 
 from composer_sam.landscapes.subspaces import Around, grid_axis, random_directions
 
-__all__ = ['Counted', 'around', 'axes', 'cross_entropy', 'data', 'network']
+__all__ = ['Counted', 'Network', 'around', 'axes', 'cross_entropy', 'data', 'network']
 
 cross_entropy = nn.functional.cross_entropy
 
 
-def network(seed: int = 0) -> nn.Sequential:
+class Network(nn.Sequential):
+    """A convolution with BatchNorm, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(48, 5)
+        )
+
+    @property
+    def convolution(self) -> nn.Conv2d:
+        return cast(nn.Conv2d, self[0])
+
+    @property
+    def norm(self) -> nn.BatchNorm2d:
+        return cast(nn.BatchNorm2d, self[1])
+
+    @property
+    def linear(self) -> nn.Linear:
+        return cast(nn.Linear, self[5])
+
+
+def network(seed: int = 0) -> Network:
     torch.manual_seed(seed)
-    model = nn.Sequential(
-        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(48, 5)
-    )
-    for _ in range(3):  # running statistics of its own
+    model = Network()
+    for _ in range(3):  # the running statistics depend on the seed
         model(2 * torch.randn(8, 1, 6, 6) + seed)
     return model
 
@@ -39,9 +59,9 @@ def axes(resolution: int, dims: int = 2, reach: float = 1.0) -> list[np.ndarray]
 
 
 class Counted:
-    """A loss that counts its calls and fails at one of them; and, where told to, ends the process."""
+    """A loss that counts its calls and raises at call ``fail_at``, or with ``leave`` ends the process there."""
 
-    def __init__(self, fail_at: int = 0, leave: bool = False):
+    def __init__(self, fail_at: int = 0, leave: bool = False) -> None:
         self.calls, self.fail_at, self.leave = 0, fail_at, leave
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Grids of losses: going on after a kill, processes, gaps, and the file they are stored in."""
+"""Grids of losses: resuming after a kill, processes, gaps, and the file they are stored in."""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from quadratic import Quadratic, batches, classifier, dense_hessian, flat, mean_
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from composer_sam.diagnostics import Objective, spectral_density, top_eigenvalues, trace
+from composer_sam.diagnostics import Objective, measure, spectral_density, top_eigenvalues, trace
 from composer_sam.diagnostics.checks import NotConvergedError, NotFiniteError
 from composer_sam.diagnostics.hessian import _Counted
 from composer_sam.diagnostics.lanczos import quadrature
@@ -223,6 +225,26 @@ def test_the_density_of_two_values_is_two_gaussians() -> None:
 
 
 # Refusals.
+
+
+def test_without_scipy_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ('scipy.sparse.linalg', 'scipy.linalg'):
+        monkeypatch.setitem(sys.modules, module, None)
+    message = r"^computing eigenvalues of the Hessian needs scipy\S*, .*: pip install 'composer-sam\[diagnostics\]'$"
+    with pytest.raises(ModuleNotFoundError, match=message):
+        top_eigenvalues(objective())
+    with pytest.raises(
+        ModuleNotFoundError, match=r"^the spectral density .*: pip install 'composer-sam\[diagnostics\]'$"
+    ):
+        spectral_density(objective())
+    assert trace(objective(), probes=2).products == 2
+    assert measure(objective(), measures=['loss', 'trace'], probes=6).trace is not None
+
+
+def test_scipy_is_imported_for_eigenvalues_only() -> None:
+    code = 'import sys, composer_sam.diagnostics; print([name for name in sys.modules if name.startswith("scipy")])'
+    found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert found.stdout == '[]\n'
 
 
 @pytest.mark.parametrize(

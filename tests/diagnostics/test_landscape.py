@@ -1,4 +1,4 @@
-"""Directions, lines and planes through weight space, and the losses on them."""
+"""Directions, lines and planes through weight space, and their losses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from composer_sam.landscapes.subspaces import (
 
 def test_filters_of_a_random_direction_have_the_norms_of_those_of_the_weights() -> None:
     model = network()
-    model[5].weight.data[2] = 0  # a dead row stays where it is
+    model.linear.weight.data[2] = 0  # a dead row stays where it is
     (direction,) = random_directions(model, seed=3)
     assert set(direction) == {'0.weight', '5.weight'}  # no biases, no BatchNorm
     for name, part in direction.items():
@@ -50,13 +50,13 @@ def test_random_directions_depend_on_the_seed_and_only_on_it() -> None:
     assert not any(torch.equal(first[name], second[name]) for name in first)
     # The same draws for other weights of the architecture: only the scale of every filter differs.
     scaled = copy.deepcopy(model)
-    scaled[0].weight.data *= 2
+    scaled.convolution.weight.data *= 2
     torch.testing.assert_close(random_directions(scaled, 3)[0]['0.weight'], 2 * first['0.weight'])
 
 
 def test_frozen_parameters_do_not_move() -> None:
     model = network()
-    model[0].weight.requires_grad_(False)
+    model.convolution.weight.requires_grad_(False)
     assert set(random_directions(model, 0)[0]) == {'5.weight'}
 
 
@@ -193,7 +193,7 @@ def test_a_plane_contains_its_three_checkpoints_and_keeps_distances() -> None:
     assert found == own_losses(models, batches) == [mark.loss for mark in landscape.marks]
     # A point of the plane that is no corner: the middle of B and C.
     middle = plane.weights(((places[1] + places[2]) / 2).tolist())
-    name, (b, c) = '5.weight', (models[1][5].weight, models[2][5].weight)
+    name, (b, c) = '5.weight', (models[1].linear.weight, models[2].linear.weight)
     torch.testing.assert_close(middle[name], ((b + c) / 2).detach())
 
 
@@ -213,16 +213,17 @@ def test_recalibrated_statistics_are_those_of_the_samples() -> None:
     model = network(2)
     landscape = evaluate(through(models), model, cross_entropy, batches, [np.array([0.0])], recalibrate=True)
     expected = copy.deepcopy(models[0])
-    expected[1].momentum = None
-    expected[1].reset_running_stats()
-    expected.eval()[1].train()
+    expected.norm.momentum = None
+    expected.norm.reset_running_stats()
+    expected.eval().norm.train()
     with torch.no_grad():
         for x, _ in batches:
             expected(x)
     assert landscape.loss[0] == own_losses([expected], batches)[0]
     assert landscape.loss[0] != own_losses([models[0]], batches)[0]
-    assert model[1].momentum == 0.1
-    assert torch.equal(model[1].running_var, network(2)[1].running_var)
+    assert model.norm.momentum == 0.1
+    variance, untouched = model.norm.running_var, network(2).norm.running_var
+    assert variance is not None and untouched is not None and torch.equal(variance, untouched)
 
 
 @pytest.mark.parametrize('resolution', [2, 3, 24, 25])

@@ -156,7 +156,7 @@ def test_attention_can_be_differentiated_twice() -> None:
 
 def test_a_compiled_model_is_measured_as_it_is() -> None:
     model = classifier()
-    compiled = torch.compile(model, backend='aot_eager')
+    compiled: Any = torch.compile(model, backend='aot_eager')
     v = Objective(model, cross_entropy, batches()).gaussian(0)
     found, expected = (Objective(m, cross_entropy, batches()).hessian_product(v) for m in (compiled, model))
     assert torch.equal(flat(found), flat(expected))
@@ -164,7 +164,7 @@ def test_a_compiled_model_is_measured_as_it_is() -> None:
 
 
 def test_a_parameter_the_loss_does_not_use_has_zeros() -> None:
-    model = classifier()
+    model: Any = classifier()
     model.unused = nn.Linear(2, 2).double()
     model.forward = lambda x: nn.Sequential(*list(model.children())[:6])(x)
     objective = Objective(model, cross_entropy, batches())
@@ -231,7 +231,8 @@ def test_an_operator_without_second_derivative_is_an_error() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             q = (x * self.weight).view(1, 1, -1, 6)
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)[0].square()
+            attention: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            return attention(q, q, q)[0].square()
 
     objective = Objective(Attention(), mean_output, batches())
     with pytest.raises(ValueError, match='cannot be differentiated twice, which the Hessian needs'):

@@ -1,17 +1,20 @@
-"""Pictures and pages of loss landscapes: what they show, on which scale, and that a page needs no network."""
+"""Pictures and pages of loss landscapes: their content, their scale, and that a page loads nothing."""
 
 from __future__ import annotations
 
 import json
-import re
 import warnings
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.collections import Collection
+from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
+from mpl_toolkits.mplot3d import Axes3D
 
 from composer_sam.landscapes.page import page
 from composer_sam.landscapes.pictures import Scale, contours, curves, heading, surfaces
@@ -45,6 +48,11 @@ def drawn(figure: Figure, tmp_path: Path) -> None:
     assert (tmp_path / 'figure.png').read_bytes().startswith(b'\x89PNG')
 
 
+def levels(sets: Collection) -> list[float]:
+    assert isinstance(sets, ContourSet)
+    return list(sets.levels)
+
+
 def test_a_scale_spans_all_landscapes_and_is_logarithmic_for_wide_ranges() -> None:
     scale = Scale.of([plane(floor=0.5), plane(curvature=3, floor=1)])
     assert (scale.low, scale.high, scale.log) == (0.5, 10.0, False)
@@ -70,8 +78,8 @@ def test_contours_of_several_checkpoints_share_colours_and_levels(tmp_path: Path
     first, second, bar = figure.axes
     filled = [axes.collections[0] for axes in (first, second)]
     assert [sets.norm.vmin for sets in filled] == [filled[0].norm.vmin] * 2
-    assert [list(sets.levels) for sets in filled] == [list(filled[0].levels)] * 2
-    rings = [set(axes.collections[1].levels) for axes in (first, second)]
+    assert [levels(sets) for sets in filled] == [levels(filled[0])] * 2
+    rings = [set(levels(axes.collections[1])) for axes in (first, second)]
     assert rings[1] < rings[0]
     assert first.get_title() == 'A: loss 0.5, accuracy 75.0 %'
     assert (first.get_xlabel(), first.get_ylabel(), bar.get_ylabel()) == ('u', 'v', 'loss')
@@ -81,6 +89,7 @@ def test_contours_of_several_checkpoints_share_colours_and_levels(tmp_path: Path
 def test_surfaces_share_heights(tmp_path: Path) -> None:
     figure = surfaces([plane('A'), plane('B', curvature=0.2, floor=1)])
     first, second = figure.axes
+    assert isinstance(first, Axes3D) and isinstance(second, Axes3D)
     assert first.get_zlim() == second.get_zlim()
     assert first.get_zlim()[1] == pytest.approx(3.5)
     drawn(figure, tmp_path)
@@ -90,9 +99,10 @@ def test_curves_are_in_one_pair_of_axes_with_accuracies_beside_them(tmp_path: Pa
     landscapes = [line('A'), line('B', curvature=0.3)]
     figure = curves(landscapes)
     losses, accuracies = figure.axes
-    shown = [one for one in losses.lines if len(one.get_xdata()) > 1]
+    shown = [one for one in losses.lines if np.size(one.get_xdata()) > 1]
     assert [one.get_label() for one in shown] == ['A', 'B']
-    assert [text.get_text() for text in losses.get_legend().get_texts()] == ['A', 'B']
+    legend = losses.get_legend()
+    assert legend is not None and [text.get_text() for text in legend.get_texts()] == ['A', 'B']
     for one, landscape in zip(shown, landscapes, strict=True):
         np.testing.assert_array_equal(one.get_ydata(), landscape.loss)
     assert len({(one.get_color(), one.get_linestyle()) for one in shown}) == 2
@@ -109,7 +119,7 @@ def test_planes_with_gaps_are_drawn(draw: Any, floor: float, tmp_path: Path) -> 
 
 def test_lines_with_gaps_are_drawn(tmp_path: Path) -> None:
     figure = curves([with_gaps(line())])
-    values = figure.axes[0].lines[0].get_ydata()
+    values = np.asarray(figure.axes[0].lines[0].get_ydata())
     assert np.isnan(values[[0, 1, -1]]).all() and np.isfinite(values[2:-1]).all()
     drawn(figure, tmp_path)
 
@@ -120,7 +130,8 @@ def test_a_landscape_without_a_finite_loss_or_with_a_single_one_is_drawn(value: 
     flat.loss[:], flat_line.loss[:] = value, value
     for figure in (contours([flat]), surfaces([flat]), curves([flat_line])):
         drawn(figure, tmp_path)
-    assert 'null' in read(page([flat], 'flat'))['views'] or value == 1.0
+    heights = Drawn.read(page([flat], 'flat')).views['linear loss'][0]['z'][0]
+    assert heights == [[None if np.isnan(value) else value] * 7] * 5
 
 
 @pytest.mark.parametrize('count', [1, 3, 4, 7])
@@ -143,7 +154,7 @@ def test_a_plane_of_several_checkpoints_names_them() -> None:
 
 
 class Loads(HTMLParser):
-    """What a browser would fetch for a page."""
+    """Records what a browser would load for a page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,10 +170,36 @@ class Loads(HTMLParser):
             self.policy = str(given['content'])
 
 
-def read(html: str) -> dict[str, str]:
-    found = re.search(r'^const figure = (.*), views = (\{.*\});$', html, flags=re.MULTILINE)
-    assert found is not None
-    return {'figure': found[1], 'views': found[2]}
+@dataclass(frozen=True)
+class Drawn:
+    """The arguments of the call that draws a page's figure, and the views its buttons choose."""
+
+    data: list[dict[str, Any]]
+    layout: dict[str, Any]
+    config: dict[str, Any]
+
+    @classmethod
+    def read(cls, html: str) -> Drawn:
+        _, _, text = html.partition('Plotly.newPlot(')
+        found = []
+        for _ in range(4):  # the element, the traces, the layout and the configuration
+            value, end = json.JSONDecoder().raw_decode(text := text.lstrip(' ,\n'))
+            found.append(value)
+            text = text[end:]
+        return cls(*found[1:])
+
+    @property
+    def menu(self) -> dict[str, Any]:
+        (menu,) = self.layout['updatemenus']
+        return menu
+
+    @property
+    def views(self) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+        return {button['label']: tuple(button['args']) for button in self.menu['buttons']}
+
+    @property
+    def first(self) -> str:
+        return list(self.views)[self.menu['active']]
 
 
 def test_a_page_loads_nothing_and_forbids_to() -> None:
@@ -170,55 +207,57 @@ def test_a_page_loads_nothing_and_forbids_to() -> None:
     loads = Loads()
     loads.feed(html)
     assert loads.found == []
-    assert loads.scripts == 2
+    assert loads.scripts == 3
     policy = dict(rule.split(maxsplit=1) for rule in loads.policy.split(';'))
     assert policy['default-src'] == "'none'"
     assert not any('http' in sources or '*' in sources for sources in policy.values())
-    assert "showSendToCloud: false, plotlyServerURL: ''" in html
+    assert policy['form-action'] == "'none'"
+    config = Drawn.read(html).config
+    assert config['showSendToCloud'] is False and not config.get('plotlyServerURL')
     assert 'Plotly' in html and len(html) > 1e6  # the library is in it
 
 
 def test_a_page_of_surfaces_holds_its_numbers_linear_and_logarithmic() -> None:
     landscapes = [plane('A'), plane('B', curvature=0.2, floor=1)]
-    parts = {name: json.loads(text) for name, text in read(page(landscapes, 'title')).items()}
-    traces = parts['figure']['data']
+    drawn = Drawn.read(page(landscapes, 'title'))
+    traces, linear, log = drawn.data, drawn.views['linear loss'], drawn.views['log loss']
     assert [trace['type'] for trace in traces] == ['surface', 'scatter3d'] * 2
     for index, landscape in enumerate(landscapes):
         surface = traces[2 * index]
         assert surface['x'] == landscape.coordinates[0].tolist()
         assert surface['y'] == landscape.coordinates[1].tolist()
-        assert parts['views']['linear']['data']['z'][2 * index] == landscape.loss.tolist()
-        np.testing.assert_allclose(parts['views']['log']['data']['z'][2 * index], np.log10(landscape.loss))
+        assert linear[0]['z'][2 * index] == landscape.loss.tolist()
+        np.testing.assert_allclose(log[0]['z'][2 * index], np.log10(landscape.loss))
         corner = f'at (-1, -1)<br>loss {landscape.loss[0, 0]:.3g}<br>accuracy 25.0 %'
         assert surface['text'][0][0] == corner
         assert surface['text'][1][0].startswith('at (-1, -0.5)')
         # With a template the library looks texts up the other way round.
         assert surface['hoverinfo'] == 'text' and 'hovertemplate' not in surface
         assert surface['coloraxis'] == 'coloraxis'
-        assert parts['views']['linear']['data']['z'][2 * index + 1] == [landscape.marks[0].loss]
-    layout = parts['views']['linear']['layout']
+        assert linear[0]['z'][2 * index + 1] == [landscape.marks[0].loss]
+    layout = linear[1]
     assert layout['scene.zaxis.range'] == layout['scene2.zaxis.range']
     assert (layout['coloraxis.cmin'], layout['coloraxis.cmax']) == (0.5, 3.5)
 
 
 def test_a_page_of_curves_holds_its_numbers() -> None:
     landscape = with_gaps(line())
-    parts = {name: json.loads(text) for name, text in read(page([landscape], 'title')).items()}
-    curve = parts['figure']['data'][0]
+    drawn = Drawn.read(page([landscape], 'title'))
+    curve = drawn.data[0]
     assert curve['x'] == landscape.coordinates[0].tolist()
     assert curve['y'] == [None, None, *landscape.loss[2:-1].tolist(), None]
-    assert parts['views']['log']['layout']['yaxis.type'] == 'log'
+    assert drawn.views['log loss'][1]['yaxis.type'] == 'log'
 
 
 def test_the_scale_starts_logarithmic_only_where_it_is_in_the_pictures() -> None:
-    assert "return show('linear')" in page([plane()], 'title')
-    assert "return show('log')" in page([plane(floor=1e-4)], 'title')
+    assert Drawn.read(page([plane()], 'title')).first == 'linear loss'
+    assert Drawn.read(page([plane(floor=1e-4)], 'title')).first == 'log loss'
 
 
 def test_text_is_text_in_a_page() -> None:
-    hostile = '</script><img src="http://example.org/x">@@LIBRARY@@'
+    hostile = '</script><img src="http://example.org/x">$figure\'"\\'
     html = page([plane(hostile)], hostile, [hostile])
     loads = Loads()
     loads.feed(html)
-    assert loads.found == [] and loads.scripts == 2
-    assert json.loads(read(html)['figure'])['layout']['annotations'][0]['text'].startswith('&lt;/script&gt;')
+    assert loads.found == [] and loads.scripts == 3
+    assert Drawn.read(html).layout['annotations'][0]['text'].startswith('&lt;/script&gt;')

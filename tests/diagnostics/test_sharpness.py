@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import inspect
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from composer_sam import ASAM, SAM, SharpnessAwareOptimizer
 from composer_sam.diagnostics import (
     MEASURES,
+    MeasureOptions,
     Objective,
     adaptive_sharpness,
     average_sharpness,
@@ -146,8 +149,9 @@ def test_adaptive_does_not_change_when_layers_are_rescaled() -> None:
         model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 4, bias=False)).double()
     scaled = copy.deepcopy(model)
     with torch.no_grad():
-        scaled[0].weight.mul_(10)
-        scaled[2].weight.div_(10)
+        first, last = scaled.parameters()
+        first.mul_(10)
+        last.div_(10)
     values = [adaptive_sharpness(m, cross_entropy, batches(), 0.3, eta=0.0) for m in (model, scaled)]
     assert values[0].value == pytest.approx(values[1].value, rel=1e-9)
     plain = [sam_sharpness(m, cross_entropy, batches(), 0.3).value for m in (model, scaled)]
@@ -237,6 +241,16 @@ def test_measure_is_what_the_functions_say() -> None:
 def test_measure_takes_only_what_was_asked_for(name: str) -> None:
     found = measure(classifier(), cross_entropy, batches(), measures=[name], probes=6, steps=1).as_dict()
     assert set(found) == {name, 'samples', 'seed', 'seconds'} | ({'trace_stderr'} if name == 'trace' else set())
+
+
+def test_the_keywords_of_measure_are_its_options() -> None:
+    parameters = inspect.signature(measure).parameters
+    options = {field.name: field.default for field in dataclasses.fields(MeasureOptions)}
+    assert {name: parameters[name].default for name in options} == options
+    assert not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    assert list(parameters)[:3] == ['model', 'loss', 'batches']
+    with pytest.raises(TypeError, match="unexpected keyword argument 'radius'"):
+        measure(classifier(), cross_entropy, batches(), radius=0.1)
 
 
 # Refusals.

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import random
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -17,10 +21,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from composer_sam import SAM
-from composer_sam.diagnostics import MEASURES, Objective, measure
+from composer_sam.diagnostics import MEASURES, MeasureOptions, Objective, measure
 from composer_sam.trainers.composer import SharpnessMonitor
 
 SIZE = 40
+
+
+def streams() -> Any:
+    """The global random streams of Python, NumPy and torch."""
+    numpy: Any = np.random.get_state()
+    return random.getstate(), numpy[1].tolist(), numpy[2:], torch.get_rng_state().tolist()
 
 
 class Augmented(Dataset):
@@ -47,10 +57,10 @@ class Streams(Callback):
         self.seen: list[Any] = []
 
     def before_forward(self, state: State, logger: Logger) -> None:
-        self.seen.append((torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()))
+        self.seen.append(streams())
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        self.seen.append(float(state.loss))
+        self.seen.append(torch.as_tensor(state.loss).item())
         self.seen.append([p.grad is None or p.grad.tolist() for p in state.model.parameters()])
         self.seen.append([module.training for module in state.model.modules()])
 
@@ -87,13 +97,13 @@ def test_training_is_bit_identical_to_training_without_it(algorithms: Any, batch
     runs = []
     monitor = SharpnessMonitor('2ba', batches, samples=24, measures=MEASURES, probes=6, steps=2)
     for callbacks in ([], [monitor]):
-        streams = Streams()
-        trainer = build(streams, *callbacks, algorithms=algorithms)
+        steps = Streams()
+        trainer = build(steps, *callbacks, algorithms=algorithms)
         trainer.fit()
         optimizer = trainer.state.optimizers[0].state_dict()
-        end = (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist())
+        end = streams()
         tensors = [v.tolist() for v in trainer.state.model.state_dict().values()]
-        runs.append((streams.seen, tensors, str(optimizer), end))
+        runs.append((steps.seen, tensors, str(optimizer), end))
     assert runs[0] == runs[1]
 
 
@@ -106,10 +116,14 @@ def test_logs_what_measure_says_at_every_interval_and_at_the_end() -> None:
     # Sorted by class: the first 24 samples would have hardly more than two of the four.
     dataset = Augmented()
     random_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
     torch.empty((), dtype=torch.int64).random_()  # a loader's seed for its workers
     samples = [dataset[index * SIZE // 24] for index in range(24)]
-    random.setstate(random_state[0]), np.random.set_state(random_state[1]), torch.set_rng_state(random_state[2])
+    random.setstate(random_state[0])
+    np.random.set_state(random_state[1])
+    torch.set_rng_state(random_state[2])
     x, y = (torch.stack(parts) for parts in zip(*samples, strict=True))
     assert sorted(set(y.tolist())) == [0, 1, 2, 3]
     expected = measure(trainer.state.model, None, [(x, y)], microbatch=8, probes=6, steps=2)
@@ -177,7 +191,7 @@ def test_parameters_frozen_during_training_are_no_longer_measured() -> None:
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ({'interval': '0ep'}, "interval must be longer than nothing, got '0ep'"),
+        ({'interval': '0ep'}, "interval must be a duration > 0, got '0ep'"),
         ({'batches': 'test'}, "batches must be 'train', 'eval' or batches of your own, got 'test'"),
         ({'samples': 0}, 'samples must be an integer >= 1, got 0'),
         ({'samples': None}, 'samples must be an integer >= 1, got None'),
@@ -193,6 +207,34 @@ def test_parameters_frozen_during_training_are_no_longer_measured() -> None:
 def test_bad_values_are_named_when_it_is_made(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SharpnessMonitor(**arguments)
+
+
+def test_its_keywords_are_the_options_of_measure() -> None:
+    given, known = (inspect.signature(function).parameters for function in (SharpnessMonitor, measure))
+    for field in dataclasses.fields(MeasureOptions):
+        assert given[field.name] == known[field.name]
+        assert given[field.name].default == field.default
+    assert not any(p.kind is p.VAR_KEYWORD for p in given.values())
+
+
+def test_without_scipy_it_is_refused_when_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, 'scipy.sparse.linalg', None)
+    with pytest.raises(ModuleNotFoundError, match=r"eigenvalues .*: pip install 'composer-sam\[diagnostics\]'$"):
+        SharpnessMonitor()
+    SharpnessMonitor(measures=['loss', 'sam_sharpness'])
+
+
+def test_without_composer_the_error_names_the_extra() -> None:
+    code = (
+        'import sys; sys.modules["composer"] = None; import composer_sam\n'
+        'try: composer_sam.SharpnessMonitor\n'
+        'except ModuleNotFoundError as error: print(error)'
+    )
+    found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    expected = (
+        "composer_sam.trainers.composer needs composer, which is not installed: pip install 'composer-sam[composer]'"
+    )
+    assert found.stdout.strip() == expected
 
 
 class Stream(IterableDataset):
@@ -222,9 +264,6 @@ def test_data_that_cannot_be_had_is_an_error_before_the_first_batch(
 
 
 def test_it_is_found_without_importing_composer_for_the_rest() -> None:
-    import subprocess
-    import sys
-
     code = (
         'import sys, composer_sam, composer_sam.diagnostics; '
         'print("composer" in sys.modules, composer_sam.SharpnessMonitor.__name__)'

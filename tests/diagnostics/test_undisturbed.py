@@ -19,6 +19,12 @@ from composer_sam.diagnostics import Objective, sam_sharpness, top_eigenvalues, 
 cross_entropy = nn.functional.cross_entropy
 
 
+def streams() -> Any:
+    """The global random streams of Python, NumPy and torch."""
+    numpy: Any = np.random.get_state()
+    return random.getstate(), numpy[1].tolist(), numpy[2:], torch.get_rng_state().tolist()
+
+
 def everything(model: nn.Module) -> dict[str, Any]:
     """All that a measurement could disturb; tensors as bits."""
     return {
@@ -26,7 +32,7 @@ def everything(model: nn.Module) -> dict[str, Any]:
         'gradients': [None if p.grad is None else (id(p.grad), p.grad.numpy().tobytes()) for p in model.parameters()],
         'buffers': [(id(b), b.numpy().tobytes()) for b in model.buffers()],
         'modes': [module.training for module in model.modules()],
-        'random': (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),
+        'random': streams(),
     }
 
 
@@ -37,7 +43,7 @@ def partly_training() -> nn.Sequential:
     model[1].eval()
     cross_entropy(model(batches()[0][0]), batches()[0][1]).backward()
     with torch.no_grad():
-        model[0].bias[0] = -0.0
+        model.get_parameter('0.bias')[0] = -0.0
         model[1].register_buffer('odd', torch.tensor([float('nan'), -0.0]))
     return model
 

@@ -150,16 +150,17 @@ def counted_reductions(model: DistributedDataParallel) -> Iterator[list[str]]:
 
 def sam_by_hand(
     model: nn.Module,
-    data: Sequence[Sequence[Batch]],
+    data: Sequence[Sequence[tuple[Any, Any]]],
     rho: float,
     optimizer: torch.optim.Optimizer,
-    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.mse_loss,
+    loss: Callable[[Tensor, Any], Tensor] = nn.functional.mse_loss,
     perturbs: Callable[[int], bool] = lambda step: True,
 ) -> None:
-    """SAM with m-sharpness in one process: ``data[step][rank]`` is each rank's batch."""
+    """SAM with m-sharpness in one process: ``data[step][rank]`` is each rank's batch,
+    of what the model and the loss take."""
     parameters = list(model.parameters())
 
-    def gradient(batch: Batch) -> list[Tensor]:
+    def gradient(batch: tuple[Any, Any]) -> list[Tensor]:
         return list(torch.autograd.grad(loss(model(batch[0]), batch[1]), parameters))
 
     for step, of_ranks in enumerate(data):
@@ -168,7 +169,7 @@ def sam_by_hand(
             g = gradient(batch)
             if perturbs(step):
                 w = [p.detach().clone() for p in parameters]
-                norm = torch.sqrt(sum((x.double() ** 2).sum() for x in g)).item()
+                norm = torch.cat([x.double().reshape(-1) for x in g]).norm().item()
                 with torch.no_grad():
                     for p, x in zip(parameters, g, strict=True):
                         p.add_(x, alpha=rho / (norm + 1e-12))

@@ -16,16 +16,18 @@ import importlib
 import inspect
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -62,9 +64,9 @@ def _on(world_size: int) -> Callable[[Callable[..., None]], Callable[..., None]]
             ranks(world_size).report(request.node.nodeid)
 
         own = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ('request', 'ranks')]
-        report.__signature__ = inspect.Signature([*own, *inspect.signature(test).parameters.values()])
-        del report.__wrapped__
-        report.world_size = world_size
+        signature = inspect.Signature([*own, *inspect.signature(test).parameters.values()])
+        vars(report).update(__signature__=signature, world_size=world_size)
+        del vars(report)['__wrapped__']
         return report
 
     return decorated
@@ -75,10 +77,18 @@ four_ranks = _on(4)
 
 
 class Ranks:
-    """The outcome of a list of jobs on several ranks."""
+    """The outcome of a list of jobs on several ranks.
 
-    def __init__(self, world_size: int, jobs: list[Job], folder: Path):
+    Args:
+        world_size: the number of ranks.
+        jobs: the tests.
+        folder: where the ranks write.
+        filters: what to do about warnings, in the lines of pytest's ``filterwarnings``.
+    """
+
+    def __init__(self, world_size: int, jobs: list[Job], folder: Path, filters: list[str]):
         self._world_size = world_size
+        self._filters = filters
         self._outcomes: list[dict[str, str | None]] = [{} for _ in range(world_size)]
         self._outputs: dict[str, list[str]] = {}
         for attempt in range(len(jobs)):
@@ -103,7 +113,7 @@ class Ranks:
 
     def _run(self, jobs: list[Job]) -> None:
         """Run jobs until they are done or one fails: the ranks end with a failure, and the next ones go on."""
-        (self._folder / 'jobs').write_bytes(pickle.dumps(jobs))
+        (self._folder / 'jobs').write_bytes(pickle.dumps((jobs, self._filters)))
         port = _free_port()
         processes = [self._start(rank, port) for rank in range(self._world_size)]
         while all(process.poll() is None for process in processes):
@@ -164,11 +174,23 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _filter_warnings(line: str) -> None:
+    """Do as a line of pytest's ``filterwarnings`` says: ``action:message:category:module``."""
+    action, message, category, module = [part.strip() for part in (line + ':::').split(':')][:4]
+    package, _, name = category.rpartition('.')
+    found = getattr(importlib.import_module(package or 'builtins'), name or 'Warning')
+    warnings.filterwarnings(cast(Any, action), message, found, rf'{re.escape(module)}\Z' if module else '')
+
+
 def _main(folder: Path) -> None:
     rank = int(os.environ['RANK'])
     torch.set_num_threads(1)
     dist.init_process_group('gloo', timeout=timedelta(seconds=SECONDS_PER_TEST / 2))
-    jobs: list[Job] = pickle.loads((folder / 'jobs').read_bytes())
+    jobs: list[Job]
+    filters: list[str]
+    jobs, filters = pickle.loads((folder / 'jobs').read_bytes())
+    for line in filters:
+        _filter_warnings(line)
     with (folder / f'outcomes-{rank}').open('wb') as file:
 
         def note(name: str, outcome: str | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -116,7 +117,7 @@ def test_error_on_both_ranks_restores_and_training_continues(name: str, where: s
     for failing in range(1, method.passes + 1):
         model, expected = DistributedDataParallel(Network()), DistributedDataParallel(Network())
         data = batches(dist.get_rank(), 6)
-        settings = {'lr': 0.1, 'momentum': 0.9}
+        settings: dict[str, Any] = {'lr': 0.1, 'momentum': 0.9}
         optimizer = train(model, method, data[:3], **settings)
         weights, state = bits(model), copy.deepcopy(optimizer.state_dict()['state'])
         streams = random.getstate(), torch.get_rng_state()
@@ -160,7 +161,8 @@ def test_unused_and_frozen_parameters(name: str) -> None:
 @every_synchronised_method
 def test_static_graph(name: str) -> None:
     """With a static graph DistributedDataParallel cannot leave its very first pass unsynchronised, only the others."""
-    data, settings = batches(dist.get_rank()), {'lr': 0.1}
+    data = batches(dist.get_rank())
+    settings: dict[str, Any] = {'lr': 0.1}
     model = DistributedDataParallel(Network(), static_graph=True)
     train(model, registry[name](), data, **settings)
     assert_ranks_equal(model)
@@ -176,7 +178,7 @@ class _Stateful(Network):
 
     def __init__(self, dtype: torch.dtype = torch.float64):
         super().__init__(dtype)
-        self.register_buffer('centre', torch.zeros(6, dtype=dtype))
+        self.centre = nn.Buffer(torch.zeros(6, dtype=dtype))
         self.read: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:

@@ -194,7 +194,7 @@ def test_the_monitor_refuses_fsdp_before_training() -> None:
 
     net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
     for child in net.children():
-        child._fsdp_wrap = True
+        vars(child)['_fsdp_wrap'] = True
     model = ComposerClassifier(net, num_classes=3)
     data = TensorDataset(torch.randn(24, 6), torch.randint(3, (24,)))
     trainer = Trainer(

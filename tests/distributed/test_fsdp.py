@@ -21,9 +21,10 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.testing import assert_close
 
 from composer_sam import SharpnessAwareOptimizer, registry
+from tests.problems import gradient
 
 
-def _fsdp1(network: nn.Module, strategy: str, use_orig_params: bool) -> nn.Module:
+def _fsdp1(network: Network, strategy: str, use_orig_params: bool) -> nn.Module:
     return FullyShardedDataParallel(
         network,
         sharding_strategy=ShardingStrategy[strategy],
@@ -33,13 +34,20 @@ def _fsdp1(network: nn.Module, strategy: str, use_orig_params: bool) -> nn.Modul
     )
 
 
-def _fsdp2(network: nn.Module, reshard_after_forward: bool) -> nn.Module:
-    for layer in (network.first, network.second, network.last):
+def _fsdp2(network: Network, reshard_after_forward: bool) -> nn.Module:
+    for layer in (network.first, network.second, network.last, network):
         fully_shard(layer, reshard_after_forward=reshard_after_forward)
-    return fully_shard(network, reshard_after_forward=reshard_after_forward)
+    return network
 
 
-SHARDED: dict[str, Callable[[nn.Module], nn.Module]] = {
+def _inner(model: nn.Module) -> Network:
+    """The network, out of FSDP1's wrapper if it is in one."""
+    network = model.module if isinstance(model, FullyShardedDataParallel) else model
+    assert isinstance(network, Network)
+    return network
+
+
+SHARDED: dict[str, Callable[[Network], nn.Module]] = {
     **{
         f'fsdp1-{strategy}-{"original" if original else "flat"}': functools.partial(
             _fsdp1, strategy=strategy, use_orig_params=original
@@ -81,7 +89,7 @@ def whole(model: nn.Module) -> Tensor:
 @pytest.mark.parametrize('optimizer', ['SGD', pytest.param('AdamW', marks=pytest.mark.slow)])
 def test_equals_one_process_on_the_union(name: str, sharding: str, optimizer: str) -> None:
     """Norms over both ranks' shards, each element once; parameters that a rank has nothing of included."""
-    settings = {'lr': 0.1, 'momentum': 0.9} if optimizer == 'SGD' else {'lr': 0.01, 'weight_decay': 0.1}
+    settings: dict[str, Any] = {'lr': 0.1, 'momentum': 0.9} if optimizer == 'SGD' else {'lr': 0.01, 'weight_decay': 0.1}
     base = getattr(torch.optim, optimizer)
     model, expected = SHARDED[sharding](Network()), Network()
     train(model, registry[name](), batches(dist.get_rank()), base, **settings)
@@ -105,15 +113,14 @@ def test_weights_come_back_bit_for_bit(name: str, sharding: str) -> None:
 def test_error_in_any_pass_restores_the_shards_and_training_continues(name: str, sharding: str, where: str) -> None:
     method = registry[name]()
     data = batches(dist.get_rank(), 6)
-    settings = {'lr': 0.1, 'momentum': 0.9}
+    settings: dict[str, Any] = {'lr': 0.1, 'momentum': 0.9}
     expected = SHARDED[sharding](Network())
     train(expected, method, data, **settings)
     for failing in range(1, method.passes + 1):
         model = SHARDED[sharding](Network())
         optimizer = train(model, method, data[:3], **settings)
         shards = bits(model)
-        network = model.module if isinstance(model, FullyShardedDataParallel) else model
-        network.fault.arm(where, failing)
+        _inner(model).fault.arm(where, failing)
         with pytest.raises(RuntimeError, match='injected'):
             optimizer.step(closure_for(optimizer, model, data[3]))
         assert [p.shape for p in model.parameters()] == [p.shape for p in expected.parameters()], f'pass {failing}'
@@ -144,7 +151,7 @@ def test_a_forward_between_steps_leaves_no_stale_weights(name: str, sharding: st
 def test_replicated_and_frozen_parameters_beside_shards(name: str) -> None:
     """A parameter outside of every sharded module lies whole on each rank and counts once in the norm."""
 
-    def build() -> nn.Module:
+    def build() -> Network:
         network = Network()
         network.second.requires_grad_(False)
         return network
@@ -158,8 +165,8 @@ def test_replicated_and_frozen_parameters_beside_shards(name: str) -> None:
         def closure(batch: tuple[Tensor, Tensor] = batch) -> Tensor:
             loss = closure_for(optimizer, model, batch)()
             for parameter in model.last.parameters():
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= dist.get_world_size()
+                dist.all_reduce(gradient(parameter))
+                gradient(parameter).div_(dist.get_world_size())
             return loss
 
         optimizer.step(closure)

@@ -24,9 +24,10 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.testing import assert_close
 
-from composer_sam import SharpnessAwareOptimizer, registry
+from composer_sam import SAM, SharpnessAwareOptimizer, registry
 from composer_sam.engine.wrappers import layout_of
 from composer_sam.vectors import Vector, axpy, dot, norm, norms
+from tests.problems import gradient
 
 every_method = pytest.mark.parametrize('name', ONCE_DIFFERENTIATED)
 
@@ -169,8 +170,8 @@ def test_ignored_parameters_beside_flat_shards_count_once(name: str) -> None:
         def closure(batch: tuple[Tensor, Tensor] = batch) -> Tensor:
             loss = _closure(optimizer, model, batch)()
             for parameter in ignored:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= dist.get_world_size()
+                dist.all_reduce(gradient(parameter))
+                gradient(parameter).div_(dist.get_world_size())
             return loss
 
         optimizer.step(closure)
@@ -186,7 +187,8 @@ def _bf16_fsdp1(network: nn.Module) -> nn.Module:
 
 
 def _bf16_fsdp2(network: nn.Module) -> nn.Module:
-    return fully_shard(network, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    fully_shard(network, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    return network
 
 
 @two_ranks
@@ -196,7 +198,7 @@ def test_mixed_precision_perturbs_the_master_weights(wrap: Callable[[nn.Module],
     rho = 0.3
     data = batches(dist.get_rank(), 10, torch.float32)
     model, by_hand = wrap(Network(torch.float32)), wrap(Network(torch.float32))
-    optimizer = SharpnessAwareOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), registry['SAM'](rho=rho), model)
+    optimizer = SharpnessAwareOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SAM(rho=rho), model)
     plain = torch.optim.SGD(by_hand.parameters(), lr=0.1)
 
     def backward(batch: tuple[Tensor, Tensor]) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from composer_sam import registry
+from composer_sam import SGDHess, registry
 from tests.reference import specifications
 
 Gradient = Callable[[Tensor], Tensor]
@@ -114,11 +114,11 @@ def test_two_ranks_follow_the_published_rule(name: str) -> None:
 def test_a_differentiable_backward_is_averaged_on_the_steps_in_between(values: dict[str, Any]) -> None:
     """DistributedDataParallel cannot average a gradient that has a graph; equal data must then equal one process."""
     model, one = DistributedDataParallel(Network()), Network()
-    train(model, registry['SGDHess'](rho=0.5, **values), batches(0))
-    train(one, registry['SGDHess'](rho=0.5, **values), batches(0))
+    train(model, SGDHess(rho=0.5, **values), batches(0))
+    train(one, SGDHess(rho=0.5, **values), batches(0))
     assert_close(flat(model), flat(one), rtol=1e-10, atol=1e-12)
     apart = DistributedDataParallel(Network())
-    train(apart, registry['SGDHess'](rho=0.5, **values), batches(dist.get_rank()))
+    train(apart, SGDHess(rho=0.5, **values), batches(dist.get_rank()))
     weights = [torch.empty_like(flat(apart)) for _ in range(dist.get_world_size())]
     dist.all_gather(weights, flat(apart))
     assert torch.equal(*weights)

@@ -7,6 +7,7 @@ import copy
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch.testing import assert_close
 from trainer_problem import Digits, fit
 
 from composer_sam import SharpnessAwareOptimizer, registry
+from tests.problems import gradient
 
 WRAPPERS = ['ddp', 'fsdp2-sharded', 'fsdp2-full']
 
@@ -97,15 +99,17 @@ class _Growing(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         del logger
+        assert state.scaler is not None
         state.scaler.set_growth_interval(3)
 
     def after_backward(self, state: State, logger: Logger) -> None:
         del logger
         if state.timestamp.batch == 3 and dist.get_rank() == 1:
-            next(state.model.parameters()).grad.fill_(float('inf'))
+            gradient(next(state.model.parameters())).fill_(float('inf'))
 
     def batch_end(self, state: State, logger: Logger) -> None:
         del logger
+        assert state.scaler is not None
         self.scales.append(state.scaler.get_scale())
 
 
@@ -117,7 +121,7 @@ def test_fp16_resumed_on_two_ranks_equals_uninterrupted(name: str) -> None:
     try:
         with _shared_folder() as folder:
             watches = _Growing(), _Growing()
-            settings = {'precision': Precision.AMP_FP16}
+            settings: dict[str, Any] = {'precision': Precision.AMP_FP16}
             whole, _ = fit(
                 registry[name](), callbacks=(watches[0],), save_folder=str(folder), save_interval='1ba', **settings
             )
@@ -179,7 +183,10 @@ def test_a_checkpoint_of_two_ranks_goes_on_without_the_method_and_the_other_way_
             here = folder / str(number)
             first, _ = fit(*saving, save_folder=str(here), save_interval='1ba')
             dist.barrier()
-            second, drawn = fit(*loading, load_path=str(here / 'ep1-ba5-rank0.pt'))
+            # Composer says so of every algorithm that the checkpoint does not name.
+            said = pytest.warns(UserWarning, match='SAM is not in the state_dict') if loading else nullcontext()
+            with said:
+                second, drawn = fit(*loading, load_path=str(here / 'ep1-ba5-rank0.pt'))
             assert drawn.passes == [2 if loading else 1] * 3
             assert len(second.state.optimizers[0].state) == len(list(Digits().parameters()))
             assert not torch.equal(flat(first.state.model), flat(second.state.model))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,6 +21,7 @@ from torch.utils.data import DataLoader
 from trainer_problem import BATCHES, FSDP2, PER_RANK, Digits, Drawn, data, fit
 
 from composer_sam import SAM, SharpnessAwareOptimizer, registry
+from tests.problems import part
 
 every_method = pytest.mark.parametrize('name', METHODS)
 
@@ -28,6 +31,11 @@ def _of_all_ranks(drawn: Drawn) -> list[list[tuple[Tensor, Tensor]]]:
     images = gathered(torch.stack([x for x, _ in drawn.batches]))
     labels = gathered(torch.stack([y for _, y in drawn.batches]))
     return [[(x[step], y[step]) for x, y in zip(images, labels, strict=True)] for step in range(BATCHES)]
+
+
+def _joined(of_ranks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The batches of all ranks as one."""
+    return torch.cat([x for x, _ in of_ranks]), torch.cat([y for _, y in of_ranks])
 
 
 def _by_hand(data: list[list[tuple[Tensor, Tensor]]], rho: float, interval: int = 1) -> Tensor:
@@ -58,7 +66,7 @@ def test_ddp_is_m_sharpness(interval: int) -> None:
 @two_ranks
 def test_ddp_with_synchronised_first_pass_is_one_process_on_the_union() -> None:
     trainer, drawn = fit(SAM(rho=0.3, sync_first_pass=True))
-    union = [[tuple(torch.cat(parts) for parts in zip(*of_step, strict=True))] for of_step in _of_all_ranks(drawn)]
+    union = [[_joined(of_step)] for of_step in _of_all_ranks(drawn)]
     assert_close(flat(trainer.state.model), _by_hand(union, 0.3), rtol=1e-4, atol=1e-6)
     _assert_ranks_equal(trainer)
 
@@ -77,22 +85,21 @@ def test_ddp_ranks_stay_bit_identical(name: str) -> None:
     passes = registry[name]().passes
     assert drawn.passes == [2 * (passes if step % interval == 0 else 1) for step in range(1, BATCHES + 1)]
     _assert_ranks_equal(trainer)
-    assert trainer.state.model.module.norm.num_batches_tracked == 2 * BATCHES
+    assert part(trainer.state.model, 'module.norm', nn.BatchNorm1d).num_batches_tracked == 2 * BATCHES
 
 
 @two_ranks
 @every_method
 def test_ddp_buffers_are_the_plain_run_s(name: str) -> None:
     """DistributedDataParallel hands out rank 0's BatchNorm statistics, no matter which passes are synchronised."""
-    settings = {'max_duration': '2ep', 'model': None}
     results = []
     for algorithms in ([], [registry[name]()]):
-        settings['model'] = Digits(batch_norm=True)
-        for parameter in settings['model'].parameters():
+        model = Digits(batch_norm=True)
+        for parameter in model.parameters():
             parameter.requires_grad_(False)
-        settings['model'].last.bias.requires_grad_(True)  # statistics do not depend on it
-        trainer, _ = fit(*algorithms, **settings)
-        results.append(trainer.state.model.module.norm)
+        model.last.bias.requires_grad_(True)  # statistics do not depend on it
+        trainer, _ = fit(*algorithms, model=model)
+        results.append(part(trainer.state.model, 'module.norm', nn.BatchNorm1d))
     plain, ours = results
     assert torch.equal(plain.running_mean, ours.running_mean)
     assert torch.equal(plain.running_var, ours.running_var)
@@ -123,7 +130,7 @@ class _FailOnce(Callback):
 def test_error_in_the_last_pass_on_both_ranks_restores_and_training_continues(name: str, wrapper: str) -> None:
     if wrapper == 'fsdp2' and name not in ONCE_DIFFERENTIATED:
         return
-    settings = FSDP2 if wrapper == 'fsdp2' else {}
+    settings: dict[str, Any] = FSDP2 if wrapper == 'fsdp2' else {}
     model = Digits()
     samples, fault = data(), _FailOnce(batch=3, forward=registry[name]().passes)
     trainer = Trainer(
@@ -166,9 +173,8 @@ def test_composer_fsdp2_is_one_process_on_the_union(name: str) -> None:
         torch.optim.SGD(expected.parameters(), lr=0.1, momentum=0.9), registry[name](interval=2), expected
     )
     for of_step in _of_all_ranks(drawn):
-        x, y = (torch.cat(parts) for parts in zip(*of_step, strict=True))
 
-        def closure(batch: tuple[Tensor, Tensor] = (x, y)) -> Tensor:
+        def closure(batch: tuple[Tensor, Tensor] = _joined(of_step)) -> Tensor:
             optimizer.zero_grad()
             loss = scale * expected.loss(expected(batch), batch)
             loss.backward()

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from composer_sam import SAM, SharpnessAwareOptimizer, registry
 
 STEPS = 6
-SETTINGS = {'lr': 0.1, 'momentum': 0.9}
+SETTINGS: dict[str, Any] = {'lr': 0.1, 'momentum': 0.9}
 
 
 class _Small(ComposerModel):
@@ -80,6 +80,11 @@ def _batches(size: dict[int, int]) -> list[list[tuple[Tensor, Tensor]]]:
     ]
 
 
+def _joined(of_ranks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The batches of all ranks as one."""
+    return torch.cat([x for x, _ in of_ranks]), torch.cat([y for _, y in of_ranks])
+
+
 def _by_hand(data: list[list[tuple[Tensor, Tensor]]], rho: float) -> Tensor:
     model = _Small().double()
     weights = [[len(y) / sum(len(y) for _, y in of_step) * len(of_step) for _, y in of_step] for of_step in data]
@@ -108,7 +113,7 @@ def test_every_synchronisation_strategy(strategy: str, sync: bool) -> None:
     trainer.fit()
     data = _batches({0: 8, 1: 8})
     if sync:
-        data = [[tuple(torch.cat(parts) for parts in zip(*of_step, strict=True))] for of_step in data]
+        data = [[_joined(of_step)] for of_step in data]
     assert_close(flat(trainer.state.model), _by_hand(data, 0.3), rtol=1e-4, atol=1e-6)
     _assert_ranks_equal(trainer)
 
@@ -135,7 +140,7 @@ def test_uneven_batches_and_micro_batches(sync: bool) -> None:
     trainer.fit()
     data = _batches(size)
     if sync:
-        data = [[tuple(torch.cat(parts) for parts in zip(*of_step, strict=True))] for of_step in data]
+        data = [[_joined(of_step)] for of_step in data]
     assert_close(flat(trainer.state.model), _by_hand(data, 0.3), rtol=1e-4, atol=1e-6)
     _assert_ranks_equal(trainer)
 
@@ -173,14 +178,15 @@ class _Halve(Callback):
     'name', ONCE_DIFFERENTIATED
 )  # a gradient with a graph cannot be synchronised, as Composer does
 def test_out_of_memory_on_one_rank_in_any_pass_halves_the_micro_batch_on_both(name: str) -> None:
-    settings = {'device_train_microbatch_size': 8}
+    settings: dict[str, Any] = {'device_train_microbatch_size': 8}
     expected = _trainer(registry[name](), callbacks=[_Halve()], **settings)
     expected.state.auto_microbatching = True
     expected.fit()
     for forward in range(1, registry[name]().passes + 1):
         trainer = _trainer(registry[name](), callbacks=[_OutOfMemoryOnOneRank(forward)], **settings)
         trainer.state.auto_microbatching = True
-        trainer.fit()
+        with pytest.warns(RuntimeWarning, match='microbatch size will be decreased from 8 -> 4'):
+            trainer.fit()
         assert trainer.state.device_train_microbatch_size == 4
         assert torch.equal(flat(trainer.state.model), flat(expected.state.model)), f'pass {forward}'
         _assert_ranks_equal(trainer)
@@ -236,15 +242,24 @@ def _closure(optimizer: SharpnessAwareOptimizer, model: nn.Module, batch: tuple[
     return closure
 
 
+class _Kept(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
 @two_ranks
 @pytest.mark.parametrize('name', METHODS)
 def test_a_non_finite_batch_on_one_rank_propagates_to_both_and_is_reported_once(name: str) -> None:
     data = _data(dist.get_rank())
     if dist.get_rank() == 1:
         data.tensors[0][2 * 8] = math.nan  # in the third batch
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append
+    handler = _Kept()
     logging.getLogger('composer_sam').addHandler(handler)
     try:
         trainer = _trainer(registry[name](), data=data)
@@ -253,6 +268,7 @@ def test_a_non_finite_batch_on_one_rank_propagates_to_both_and_is_reported_once(
         logging.getLogger('composer_sam').removeHandler(handler)
     first, second = gathered(flat(trainer.state.model).isfinite().float())
     assert torch.equal(first, second) and not first.any()
+    records = handler.records
     # rank 0 speaks, at the latest when the other rank's gradient has reached its weights
     assert len(records) == (1 if dist.get_rank() == 0 else 0), [record.getMessage() for record in records]
     assert all('nan' in record.getMessage() for record in records)

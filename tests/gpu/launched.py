@@ -39,7 +39,8 @@ class Digits(ComposerModel):
         torch.manual_seed(2)
         self.first = nn.Linear(64, 16)
         self.last = nn.Linear(16, 10)
-        self.first._fsdp_wrap = self.last._fsdp_wrap = True
+        for layer in (self.first, self.last):
+            vars(layer)['_fsdp_wrap'] = True  # Composer shards it by itself
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         return self.last(torch.tanh(self.first(batch[0])))

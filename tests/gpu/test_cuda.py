@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from composer_sam import SharpnessAwareOptimizer, registry
-from tests.problems import BASES, Closure, batches, convolutional, needs_graph, network, same, snapshot
+from composer_sam import SGDHess, SharpnessAwareOptimizer, registry
+from tests.problems import BASES, Closure, batches, convolutional, needs_graph, network, part, same, snapshot
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')]
 METHODS = sorted(registry)
@@ -25,9 +25,9 @@ def test_the_trajectory_is_the_cpus(name: str) -> None:
     ends = []
     for device in ('cpu', 'cuda'):
         model = convolutional().to(device)
-        optimizer = SharpnessAwareOptimizer(BASES['SGD'](model.parameters()), registry[name](), model)
-        if name == 'SGDHess':  # its random signs come from the device's own generator
-            optimizer.method.rho = 1e-9
+        # The random signs of SGDHess come from the device's own generator.
+        method = SGDHess(rho=1e-9) if name == 'SGDHess' else registry[name]()
+        optimizer = SharpnessAwareOptimizer(BASES['SGD'](model.parameters()), method, model)
         for x, y in batches(10, torch.float64):
             optimizer.step(Closure(model, (x.to(device), y.to(device)), graph=needs_graph(name)))
         ends.append(nn.utils.parameters_to_vector(model.parameters()).detach().cpu())
@@ -41,7 +41,8 @@ def test_weights_come_back_bit_for_bit_at_the_same_address(name: str, dtype: tor
     optimizer = SharpnessAwareOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), registry[name](), model)
     before = copy.deepcopy(list(model.parameters()))
     addresses: set[int] = set()
-    model[0].register_forward_hook(lambda module, *_: addresses.add(module.weight.data_ptr()))
+    first = part(model, '0', nn.Linear)
+    first.register_forward_hook(lambda *_: addresses.add(first.weight.data_ptr()))
     for batch in on_gpu(16, dtype):
         optimizer.step(Closure(model, batch, graph=needs_graph(name)))
     assert same(before, list(model.parameters()))

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from composer_sam import registry
-from tests.problems import batches, network, same
+from tests.problems import batches, gradient, network, same
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')]
 ONCE_DIFFERENTIATED = [name for name in sorted(registry) if not registry[name]().backwards_create_graph]
@@ -41,7 +41,7 @@ class _Watch(Callback):
         del logger
         self.passes += 1
         if state.timestamp.batch == 5 and self.passes == self.at:
-            next(state.model.parameters()).grad.fill_(float('inf'))
+            gradient(next(state.model.parameters())).fill_(float('inf'))
 
     def batch_end(self, state: State, logger: Logger) -> None:
         del logger

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 def clipped(run: Run, bound: Callable[[Tensor], Tensor | float]) -> bool:
     """The gradient that the base optimizer was given is within the bound, and reached it at some time."""
     sizes = [bound(torch.cat([g.reshape(-1) for g in given.values()])) for given in run.watch.given]
-    return len(sizes) == BATCHES and max(sizes) <= 0.05 * (1 + 1e-5) and max(sizes) > 0.049
+    largest = float(max(sizes))
+    return len(sizes) == BATCHES and 0.049 < largest <= 0.05 * (1 + 1e-5)
 
 
 def clipped_by_weights(run: Run) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from composer import Callback, DataSpec, Trainer
-from composer.core import State
+from composer.core import State, Timestamp
 from composer.loggers import InMemoryLogger, Logger
 from composer.models import ComposerClassifier
 from composer.utils import dist
@@ -20,8 +20,21 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchmetrics import Metric
 
 from composer_sam import registry
+from tests.problems import numpy_stream
 
-__all__ = ['BATCH', 'METHODS', 'PER_EPOCH', 'Digits', 'MaskedDropout', 'Recorder', 'Samples', 'build', 'weights']
+__all__ = [
+    'BATCH',
+    'METHODS',
+    'PER_EPOCH',
+    'Digits',
+    'MaskedDropout',
+    'Recorder',
+    'Samples',
+    'build',
+    'logged_by',
+    'streams',
+    'weights',
+]
 
 METHODS = list(registry)
 BATCH = 16
@@ -117,23 +130,37 @@ class Recorder(Callback):
 
     def after_forward(self, state: State, logger: Logger) -> None:
         del logger
-        self.outputs[-1].append(state.outputs.detach().clone())
+        self.outputs[-1].append(_tensor(state.outputs).detach().clone())
 
     def after_loss(self, state: State, logger: Logger) -> None:
         del logger
-        self.losses[-1].append(float(state.loss))
+        self.losses[-1].append(float(_tensor(state.loss)))
 
     def batch_end(self, state: State, logger: Logger) -> None:
         del logger
-        self.shown.append((float(state.loss), state.outputs.detach().clone()))
+        self.shown.append((float(_tensor(state.loss)), _tensor(state.outputs).detach().clone()))
         self.batches_at_end.append([item.clone() for item in state.batch])
         self.lr.append(state.optimizers[0].param_groups[0]['lr'])
-        if 'Samples' in (state.train_metrics or {}):
-            self.samples.append(int(state.train_metrics['Samples'].compute()))
+        metrics = state.train_metrics or {}
+        if 'Samples' in metrics:
+            self.samples.append(int(metrics['Samples'].compute()))
 
     @property
     def passes(self) -> list[int]:
         return [len(of_batch) for of_batch in self.inputs]
+
+
+def _tensor(value: object) -> Tensor:
+    """A loss, or outputs, of a model that has one of them."""
+    assert isinstance(value, Tensor)
+    return value
+
+
+def logged_by(trainer: Trainer) -> dict[str, list[tuple[Timestamp, Any]]]:
+    """Under each key when something was logged, and what."""
+    (logger,) = trainer.logger.destinations
+    assert isinstance(logger, InMemoryLogger)
+    return logger.data
 
 
 def snapshot(state: State) -> dict[str, Any]:
@@ -149,7 +176,7 @@ def snapshot(state: State) -> dict[str, Any]:
 
 
 def streams() -> tuple[Any, ...]:
-    return random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2:], torch.get_rng_state()
+    return random.getstate(), numpy_stream(), torch.get_rng_state()
 
 
 def network(dropout: float = 0.3) -> nn.Module:
@@ -158,7 +185,7 @@ def network(dropout: float = 0.3) -> nn.Module:
 
 def build(
     *algorithms: Any,
-    recorder: Recorder | None = None,
+    recorder: Callback | None = None,
     optimizer: str = 'SGD',
     microbatch: int | None = None,
     microbatch_transform: Callable[[Any], Any] | None = None,

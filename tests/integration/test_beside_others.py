@@ -9,6 +9,7 @@ import pytest
 import torch
 from composer.algorithms import SAM as ComposerSAM
 from composer.algorithms import GradientClipping, LowPrecisionGroupNorm, LowPrecisionLayerNorm
+from composer.algorithms.warnings import NoEffectWarning
 from composer.core import Event
 from composer_algorithms import CASES, COMMAND, PAGE, document, measured, stated
 from composer_runs import METHODS as BESIDE
@@ -86,7 +87,8 @@ def test_low_precision_norms_themselves_are_refused_or_idle_on_the_cpu_with_and_
     for ours in ([], [SAM(interval=100)]):
         with pytest.raises(ValueError, match='AMP_BF16 is not supported for CPU'):
             build(algorithm(), *ours, precision='amp_bf16')
-        trainer = build(algorithm(), *ours, max_duration='2ba')
+        with pytest.warns(NoEffectWarning):
+            trainer = build(algorithm(), *ours, max_duration='2ba')
         trainer.fit()
         ends.append(weights(trainer))
     plain = build(max_duration='2ba')

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,11 +31,12 @@ from composer.loggers import InMemoryLogger, Logger
 from composer.metrics import CrossEntropy
 from composer.models import ComposerClassifier
 from composer.optim import DecoupledAdamW, LinearScheduler
-from digits import BATCH, Digits, Recorder, network
+from digits import BATCH, Digits, Recorder, logged_by, network
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from composer_sam import GAM, SAM
+from tests.problems import gradient
 
 BATCHES = 8
 OURS: dict[str, Callable[[], list[Any]]] = {
@@ -68,14 +69,28 @@ class _Model(ComposerClassifier):
         return 1e6
 
 
-def _trainer(*callbacks: Callback, algorithms: list[Any], **settings: Any) -> Trainer:
+def _momentum(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def _reporting(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    """Of Composer's optimizers the one that reports most."""
+    return DecoupledAdamW(parameters, lr=1e-2)
+
+
+def _trainer(
+    *callbacks: Callback,
+    algorithms: list[Any],
+    optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer] = _momentum,
+    **settings: Any,
+) -> Trainer:
     torch.manual_seed(7)
     model = _Model()
     return Trainer(
         **{
             'model': model,
             'train_dataloader': DataLoader(Digits(augment=False), batch_size=BATCH, shuffle=True),
-            'optimizers': torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+            'optimizers': optimizer(model.parameters()),
             'algorithms': algorithms,
             'callbacks': list(callbacks),
             'loggers': [InMemoryLogger()],
@@ -91,8 +106,7 @@ def _trainer(*callbacks: Callback, algorithms: list[Any], **settings: Any) -> Tr
 
 def _logged(trainer: Trainer) -> dict[str, list[tuple[int, Any]]]:
     """Under each key the batches at which something was logged, and what."""
-    (logger,) = trainer.logger.destinations
-    return {key: [(time.batch.value, value) for time, value in entries] for key, entries in logger.data.items()}
+    return {key: [(time.batch.value, value) for time, value in entries] for key, entries in logged_by(trainer).items()}
 
 
 def _times(trainer: Trainer) -> dict[str, list[int]]:
@@ -106,14 +120,15 @@ def _logged_anyway() -> set[str]:
     return set(_logged(trainer))
 
 
+# Two of the callbacks say what they think of a CPU and of being asked often.
+@pytest.mark.filterwarnings('ignore:The memory monitor only works on CUDA:UserWarning')
+@pytest.mark.filterwarnings('ignore:Currently the ActivationMonitor:UserWarning')
 @beside
 @pytest.mark.parametrize('name', CALLBACKS)
 def test_the_same_is_logged_at_the_same_batches_and_as_often(name: str, ours: str) -> None:
     times = []
     for algorithms in ([], OURS[ours]()):
-        trainer = _trainer(CALLBACKS[name](), algorithms=algorithms)
-        # Of Composer's optimizers the one that reports most.
-        trainer.state.optimizers = DecoupledAdamW(trainer.state.model.parameters(), lr=1e-2)
+        trainer = _trainer(CALLBACKS[name](), algorithms=algorithms, optimizer=_reporting)
         trainer.fit()
         times.append(_times(trainer))
     assert times[0] == times[1]
@@ -134,7 +149,7 @@ def test_optimizer_monitor_logs_the_norms_of_what_the_base_optimizer_was_given(o
     model, given = trainer.state.model, []
     (base,) = trainer.state.optimizers
     base.register_step_post_hook(
-        lambda *_: given.append({n: p.grad.norm().item() for n, p in model.named_parameters()})
+        lambda *_: given.append({n: gradient(p).norm().item() for n, p in model.named_parameters()})
     )
     trainer.fit()
     logged = {key: [value for _, value in entries] for key, entries in _logged(trainer).items()}
@@ -200,6 +215,7 @@ def test_checkpoint_saver_writes_the_same_files(ours: str, tmp_path: Path) -> No
     assert [name for name in names[0] if name != 'latest'] == ['ep0-ba3.pt', 'ep1-ba6.pt', 'ep1-ba8.pt']
 
 
+@pytest.mark.filterwarnings('ignore:The memory monitor only works on CUDA:UserWarning')
 @pytest.mark.skipif(torch.cuda.is_available(), reason='stands in for what a GPU reports')
 @beside
 def test_memory_monitor_reports_once_a_batch(ours: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from composer_sam.commands.main import main
 from composer_sam.landscapes.storage import Landscape
 from composer_sam.methods import registry
 from composer_sam.recipes import load_recipe
-from composer_sam.studies.checkpoints import measurements
+from composer_sam.studies.sharpness import measure_checkpoints
 
 REPOSITORY = Path(__file__).parents[2]
 SGD, SAM = (str(REPOSITORY / 'yamls' / 'digits' / f'{name}.yaml') for name in ('sgd', 'sam'))
@@ -136,6 +137,62 @@ def test_methods_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
         assert line.endswith(registry[name].paper)
 
 
+SCRIPT = """
+import sys
+from composer_sam.commands.main import main
+for arguments in {commands}:
+    print(main(arguments))
+print([name for name in ('torch', 'composer') if sys.modules.get(name) is not None])
+"""
+
+
+def script(commands: list[list[str]], before: str = '') -> tuple[list[str], list[str]]:
+    """The lines that a new process prints to stdout and stderr when it runs these commands."""
+    done = subprocess.run(
+        [sys.executable, '-c', before + SCRIPT.format(commands=commands)],
+        env={**os.environ, 'PYTHONPATH': PATH},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return done.stdout.splitlines(), done.stderr.splitlines()
+
+
+def test_help_and_a_wrong_command_line_need_no_torch() -> None:
+    output, _ = script([['--help'], ['study', '--help'], ['trian'], ['train', SGD, '--seeds', '3']])
+    assert output[-3:] == ['2', '2', '[]']
+    assert output.count('0') == 2
+
+
+def test_methods_need_no_composer() -> None:
+    output, _ = script([['methods']])
+    assert output[-2:] == ['0', "['torch']"]
+
+
+@pytest.mark.parametrize('missing', ['composer', 'omegaconf', 'torchvision'])
+def test_a_package_that_is_not_installed_is_one_line_that_names_the_extra(missing: str) -> None:
+    checkpoints = [['landscape', 'x.pt', '--recipe', SGD, '--out', 'x'], ['sharpness', 'x.pt', '--recipe', SGD]]
+    commands = [['train', SGD], ['compare', SGD], ['study', SGD], *checkpoints]
+    output, errors = script(
+        commands if missing == 'composer' else commands[:1], f'import sys; sys.modules[{missing!r}] = None'
+    )
+    assert output[:-1] == ['2'] * len(errors)
+    assert len(errors) == (5 if missing == 'composer' else 1)
+    for line in errors:
+        assert re.fullmatch(rf"composer-sam: .* needs {missing}\S*, .*: pip install 'composer-sam\[composer\]'", line)
+
+
+def test_a_data_set_whose_package_is_not_installed_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
+    assert main(['train', SGD, *QUICK]) == 2
+    line = one_line(capsys)
+    assert line.startswith('composer-sam: the data set digits needs sklearn.datasets, which is not installed: ')
+    assert line.endswith("pip install 'composer-sam[composer]'\n")
+
+
 def test_compare_tabulates_draws_and_keeps_the_numbers(tmp_path: Path) -> None:
     arguments = ['compare', SGD, SAM, '--seeds', '2', '--out', str(tmp_path / 'out'), 'max_duration=2ep', '--jobs', '2']
     process = run(*arguments, f'save_folder={tmp_path}/runs')
@@ -173,9 +230,9 @@ def test_compare_measures_and_draws_the_trained_networks(tmp_path: Path) -> None
     assert sharpness[0]['samples'] == 512
     recipe = load_recipe(SGD)
     paths = [tmp_path / 'runs' / f'{name}-seed17' / 'latest-rank0.pt' for name in ('SGD', 'SAM')]
-    for found, expected in zip(sharpness, measurements(recipe, paths, ['SGD', 'SAM']), strict=True):
-        assert found['top_eigenvalue'] == pytest.approx(expected['top_eigenvalue'], rel=1e-3)
-        assert found['loss'] == pytest.approx(expected['loss'], rel=1e-5)
+    for found, expected in zip(sharpness, measure_checkpoints(recipe, paths, ['SGD', 'SAM']), strict=True):
+        assert found['top_eigenvalue'] == pytest.approx(expected.measurements.top_eigenvalue, rel=1e-3)
+        assert found['loss'] == pytest.approx(expected.measurements.loss, rel=1e-5)
     assert sorted(path.name for path in out.glob('*.png')) == ['comparison.png', 'landscape.png', 'surface.png']
     for label, found in zip(('SGD', 'SAM'), sharpness, strict=True):
         landscape = Landscape.load(out / 'landscape' / f'{label}.npz')

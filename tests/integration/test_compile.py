@@ -8,6 +8,7 @@ import pytest
 import torch
 from composer import Trainer
 from digits import METHODS, build, weights
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from composer_sam import SharpnessAwareOptimizer, registry
@@ -16,9 +17,15 @@ from tests.problems import BASES, Closure, batches, network
 ONCE_DIFFERENTIATED = [name for name in METHODS if not registry[name]().backwards_create_graph]
 
 
+def _compiled(model: nn.Module, backend: Any) -> nn.Module:
+    compiled = torch.compile(model, backend=backend)
+    assert isinstance(compiled, nn.Module)
+    return compiled
+
+
 def _fitted(*algorithms: Any, backend: Any = None) -> Trainer:
     torch._dynamo.reset()
-    settings = {} if backend is None else {'compile_config': {'backend': backend}}
+    settings: dict[str, Any] = {} if backend is None else {'compile_config': {'backend': backend}}
     trainer = build(*algorithms, max_duration='2ep', **settings)
     trainer.fit()
     return trainer
@@ -45,7 +52,7 @@ def test_a_loop_of_ones_own_compiles_once(name: str, exchange: bool, monkeypatch
     torch._dynamo.reset()
     counter = CompileCounter()
     model = network(dropout=0.0)
-    compiled = torch.compile(model, backend=counter)
+    compiled = _compiled(model, counter)
     optimizer = SharpnessAwareOptimizer(BASES['SGD'](model.parameters()), registry[name](interval=2), compiled)
     for batch in batches(8):
         optimizer.step(Closure(compiled, batch))
@@ -56,7 +63,7 @@ def test_second_derivatives_of_a_compiled_model_are_an_error() -> None:
     """torch refuses to differentiate compiled code twice; the step says so and nothing has changed."""
     torch._dynamo.reset()
     model = network(dropout=0.0)
-    compiled = torch.compile(model, backend='aot_eager')
+    compiled = _compiled(model, 'aot_eager')
     optimizer = SharpnessAwareOptimizer(BASES['SGD'](model.parameters()), registry['SGDHess'](), compiled)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     with pytest.raises((ValueError, RuntimeError), match='twice|double backward'):

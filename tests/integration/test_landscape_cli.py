@@ -1,4 +1,4 @@
-"""``composer-sam landscape`` and ``composer-sam sharpness``, as a user meets them."""
+"""The commands ``composer-sam landscape`` and ``composer-sam sharpness``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from composer_sam.diagnostics import Objective, measure
 from composer_sam.landscapes.grid import one_thread
 from composer_sam.landscapes.storage import Landscape
 from composer_sam.recipes import load_recipe
-from composer_sam.studies.checkpoints import CheckpointError, build_problem, default_labels, load_weights
+from composer_sam.studies.checkpoints import CheckpointError, default_labels, load_weights
+from composer_sam.studies.problem import build_problem
 
 REPOSITORY = Path(__file__).parents[2]
 SGD, SAM = (str(REPOSITORY / 'yamls' / 'digits' / f'{name}.yaml') for name in ('sgd', 'sam'))
@@ -146,7 +147,8 @@ def test_a_state_dict_loads_like_the_checkpoint_it_was_taken_from(runs: Path, tm
     recipe = load_recipe(SGD, (), SMALL)
     model = build_problem(recipe, 'train', 1).model
     load_weights(model, Path(checkpoint(runs, 'sgd')))
-    for name, source in (('whole', model), ('network', model.module)):
+    network = model.get_submodule('module')
+    for name, source in (('whole', model), ('network', network)):
         path = tmp_path / f'{name}.pt'
         torch.save(source.state_dict(), path)
         other = build_problem(recipe, 'train', 1).model
@@ -255,7 +257,7 @@ def test_the_recipe_beside_a_checkpoint_serves(runs: Path, tmp_path: Path) -> No
 
 
 class Hostile:
-    """What executes when a file is unpickled carelessly."""
+    """An object that executes a command when it is unpickled."""
 
     def __reduce__(self) -> Any:
         return os.mkdir, ('executed',)

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from composer_sam import GAM, SAM, WSAM, SharpnessAwareOptimizer
 from tests.integration.usual_lines import UsualGAM, UsualSAM, UsualWeightedSAM
-from tests.problems import BASES, Recorder, batches, network
+from tests.problems import BASES, Recorder, batches, network, part
 
 STEPS = 12
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -214,7 +214,7 @@ def by_loop(optimizer: Any, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Ten
     return first[0], first[1]
 
 
-VALUES = {
+VALUES: dict[str, Any] = {
     'grad_rho': 0.03,
     'grad_norm_rho': 0.2,
     'grad_beta_1': 0.1,
@@ -244,8 +244,9 @@ def test_gam_returns_what_set_closure_did_and_counts_a_batch_once() -> None:
     for name, (make, take) in makers.items():
         model = network(torch.float64, dropout=0.0)
         outputs, loss = take(make(model), model, x, y)
-        found[name] = [outputs.detach(), loss, model[1].running_mean, model[1].running_var]
-        assert int(model[1].num_batches_tracked) == {'usual': 4, 'ours': 1}[name]
+        norm = part(model, '1', nn.BatchNorm1d)
+        found[name] = [outputs.detach(), loss, norm.running_mean, norm.running_var]
+        assert norm.num_batches_tracked == {'usual': 4, 'ours': 1}[name]
     for left, right in zip(found['usual'], found['ours'], strict=True):
         torch.testing.assert_close(left, right, rtol=1e-12, atol=0)
 
@@ -276,8 +277,8 @@ def test_composers_sam(interval: int) -> None:
     right, trainer = composer_run(SAM(rho=0.1, interval=interval))
     torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-11)
     perturbed = STEPS // interval
-    assert int(usual.state.model.module[1].num_batches_tracked) == STEPS + perturbed
-    assert int(trainer.state.model.module[1].num_batches_tracked) == STEPS
+    counted = [part(t.state.model, 'module.1', nn.BatchNorm1d).num_batches_tracked for t in (usual, trainer)]
+    assert counted == [STEPS + perturbed, STEPS]
     saved = [t.state.optimizers[0].state_dict()['state'].values() for t in (usual, trainer)]
     assert [{key for state in states for key in state} for states in saved] == [{'e_w'}, {'momentum_buffer'}]
 

@@ -148,7 +148,7 @@ def test_what_cannot_be_run_is_refused_and_leaves_nothing(
 
 def test_a_read_only_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A test run as root may write anywhere, so the answer of the system is put in its place.
-    monkeypatch.setattr('composer_sam.recipes.build.os.access', lambda path, mode: False)
+    monkeypatch.setattr('composer_sam.recipes.save_folder.os.access', lambda path, mode: False)
     with pytest.raises(RecipeError, match=r'^save_folder: .* cannot be written, no permission in '):
         load_recipe(YAMLS / 'digits' / 'sgd.yaml', overrides=[f'save_folder={tmp_path}/runs'])
 
@@ -307,8 +307,10 @@ def test_cifar100_is_normalised_by_its_own_statistics() -> None:
     ten = load_recipe(YAMLS / 'cifar10' / 'resnet18_sgd.yaml')
     hundred = load_recipe(YAMLS / 'cifar10' / 'resnet18_sgd.yaml', overrides=['data.name=cifar100'])
     shipped = load_recipe(YAMLS / 'cifar100' / 'resnet18_sgd.yaml')
-    assert hundred.data.mean == shipped.data.mean != ten.data.mean
-    assert hundred.data.std == shipped.data.std != ten.data.std
+    sections: list[Any] = [recipe.data for recipe in (ten, hundred, shipped)]
+    means, stds = ([getattr(section, key) for section in sections] for key in ('mean', 'std'))
+    assert means[1] == means[2] != means[0]
+    assert stds[1] == stds[2] != stds[0]
 
 
 def published(data: str, net: str) -> dict[str, Any]:
@@ -377,7 +379,7 @@ def test_the_monitors_of_this_package_are_callbacks_of_recipes() -> None:
     )
     logger = _Logged()
     trainer = build_trainer(recipe)
-    trainer.logger.destinations = [*trainer.logger.destinations, logger]
+    trainer.logger.destinations = (*trainer.logger.destinations, logger)
     trainer.fit()
     assert logger.steps['sharpness/sam_sharpness'] == logger.steps['sharpness/loss'] == [10, 20]
     assert logger.steps['geometry/cosine'] == list(range(2, 21, 2))

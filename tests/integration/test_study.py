@@ -1,4 +1,4 @@
-"""Studies: grids of runs, gone on with after they were cut off, and what their tables say."""
+"""Studies: grids of runs, resumed after an interruption, and their tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ import pytest
 
 from composer_sam.commands.main import main
 from composer_sam.recipes import RecipeError, load_recipe
-from composer_sam.studies.study import parse_grid, plan
+from composer_sam.studies.plan import StudyOptions, parse_grid, plan
+from composer_sam.studies.result import RunResult
+from composer_sam.studies.sharpness import Sharpness
 from composer_sam.studies.tables import tables
 
 REPOSITORY = Path(__file__).parents[2]
@@ -35,7 +37,7 @@ def runs(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def outcome(found: dict[str, Any]) -> dict[str, Any]:
-    """What a run came to, without what clocks said."""
+    """Return the result of a run without its times."""
     sharpness = {key: value for key, value in found['sharpness'].items() if key != 'seconds'}
     return {key: value for key, value in found.items() if key not in ('seconds', 'sharpness')} | sharpness
 
@@ -77,7 +79,10 @@ def test_every_run_is_a_file_with_all_about_it(finished: Path) -> None:
 
 def test_tables_are_means_over_the_seeds(finished: Path) -> None:
     found = runs(finished)
-    shown = {title: (headings, rows) for title, headings, rows in tables(list(found.values()))}
+    shown = {
+        title: (headings, rows)
+        for title, headings, rows in tables([RunResult.from_json(run) for run in found.values()])
+    }
     headings, rows = shown['Test accuracy (%)']
     assert headings == ['', '-', 'rho 0.1', 'rho 0.5']
     cells = {row[0]: row[1:] for row in rows}
@@ -144,11 +149,11 @@ def test_a_killed_study_goes_on_and_ends_as_an_undisturbed_one(tmp_path: Path) -
 
 
 def _refused(arguments: list[str], out: Path) -> str:
-    from composer_sam.studies.study import Sharpness, study
+    from composer_sam.studies.study import study
 
     recipes, overrides = arguments[:1], [argument for argument in arguments if '=' in argument]
     with pytest.raises(RecipeError) as caught:
-        study(recipes, overrides, out=out, sharpness=Sharpness(32))
+        study(StudyOptions(recipes, overrides, out=out, sharpness=Sharpness(32)))
     return str(caught.value)
 
 
@@ -197,7 +202,7 @@ def test_commas_in_brackets_belong_to_a_value() -> None:
 
 
 def test_the_published_study_is_one_command() -> None:
-    planned = plan([str(path) for path in sorted((YAMLS / 'study').glob('*.yaml'))], [], [], 1, Path('study'))
+    planned = plan(StudyOptions([str(path) for path in sorted((YAMLS / 'study').glob('*.yaml'))]))
     points = {(run.recipe.name, *run.values.values()) for run in planned}
     assert len(planned) == len(points) == 1 + 5 * 3 + 3
     assert {point for point in points if point[0] in ('study-sgd', 'study-sam')} == {
@@ -221,4 +226,4 @@ def test_a_small_study_has_every_method(folder: str) -> None:
 def test_train_says_that_a_grid_is_for_a_study(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(YAMLS / 'study' / 'digits' / 'sam.yaml')
     assert main(['train', recipe, 'max_duration=1ba', 'trainer.progress_bar=false']) == 0
-    assert 'its grid is what composer-sam study trains' in capsys.readouterr().err
+    assert 'is trained once, without its grid; composer-sam study trains the grid' in capsys.readouterr().err

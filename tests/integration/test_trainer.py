@@ -13,13 +13,13 @@ from composer.algorithms import MixUp
 from composer.core import Precision
 from composer.models import ComposerModel
 from composer.optim import LinearScheduler
-from digits import BATCH, METHODS, PER_EPOCH, Digits, MaskedDropout, Recorder, build, streams, weights
+from digits import BATCH, METHODS, PER_EPOCH, Digits, MaskedDropout, Recorder, build, logged_by, streams, weights
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from composer_sam import SAM, SharpnessAwareOptimizer, registry
-from tests.problems import same
+from tests.problems import part, same
 
 every_method = pytest.mark.parametrize('name', METHODS)
 # Of one pass only there is no second that could see something else than the first.
@@ -131,7 +131,7 @@ def test_metrics_losses_and_outputs_are_the_first_pass_s(name: str, microbatch: 
     trainer.fit()
     pieces = 1 if microbatch is None else 3
     assert recorder.samples == [BATCH] * BATCHES
-    logged = [float(value) for _, value in trainer.logger.destinations[0].data['loss/train/total']]
+    logged = [float(value) for _, value in logged_by(trainer)['loss/train/total']]
     for losses, outputs, (loss, output), total in zip(
         recorder.losses, recorder.outputs, recorder.shown, logged, strict=True
     ):
@@ -150,13 +150,14 @@ def test_batchnorm_counts_steps_and_keeps_the_first_pass_s_statistics(name: str,
     plain.fit()
     trainer = build(registry[name](), microbatch=microbatch, max_duration='1ba')
     trainer.fit()
-    ours, theirs = trainer.state.model.module[1], plain.state.model.module[1]
-    assert torch.equal(ours.running_mean, theirs.running_mean)
-    assert torch.equal(ours.running_var, theirs.running_var)
+    ours, theirs = (part(run.state.model, 'module.1', nn.BatchNorm1d) for run in (trainer, plain))
+    assert same(list(ours.buffers()), list(theirs.buffers()))
     trainer.fit(duration='3ba')
     assert ours.num_batches_tracked == 4 * (1 if microbatch is None else 2)
 
 
+# In float32 the targets of MixUp may sum to a little less than 1, of which Composer's loss warns.
+@pytest.mark.filterwarnings('ignore:Some targets have less than 1 total probability:UserWarning')
 @every_method
 @pytest.mark.parametrize('mixup', [False, True])
 def test_random_streams_and_batches_are_the_plain_run_s(name: str, mixup: bool) -> None:
@@ -172,8 +173,7 @@ def test_random_streams_and_batches_are_the_plain_run_s(name: str, mixup: bool) 
     assert len(plain.drawn) == BATCHES
     assert same(plain.drawn, ours.drawn)
     assert same([of_batch[0] for of_batch in plain.inputs], [of_batch[0] for of_batch in ours.inputs])
-    assert ends[0][:3] == ends[1][:3]
-    assert torch.equal(ends[0][3], ends[1][3])
+    assert same(*ends)
     assert not same(ours.drawn[0], ours.drawn[PER_EPOCH]), 'the data is not random'
 
 
@@ -316,7 +316,7 @@ class _InBfloat16(nn.Module):
 def test_amp_bf16_trains(name: str) -> None:
     recorder = Recorder()
     trainer = build(registry[name](), recorder=recorder, max_duration='10ep', augment=False)
-    trainer.state.model.module = _InBfloat16(trainer.state.model.module)
+    trainer.state.model.module = _InBfloat16(part(trainer.state.model, 'module', nn.Sequential))
     trainer.state.precision = Precision.AMP_BF16
     trainer.fit()
     assert recorder.outputs[0][0].dtype == torch.bfloat16

@@ -37,11 +37,12 @@ def test_an_error_in_any_pass_undoes_the_step(name: str, error: BaseException, m
     """Weights, buffers, optimizer state, random streams and counters as before the batch; then training goes on."""
     method = registry[name]()
     for failing in range(1, method.passes + 1):
-        recorder = Recorder(_Fault(batch=3, at=failing, error=error))
+        fault = _Fault(batch=3, at=failing, error=error)
+        recorder = Recorder(fault)
         trainer = build(method, recorder=recorder, microbatch=microbatch)
         with pytest.raises(type(error)):
             trainer.fit()
-        assert recorder.fault.raised
+        assert fault.raised
         assert recorder.passes[-1] == failing
         assert same(snapshot(trainer.state), recorder.before), f'pass {failing}'
         assert all(p.grad is None for p in trainer.state.model.parameters())
@@ -71,7 +72,8 @@ def test_out_of_memory_in_any_pass_equals_the_smaller_micro_batch_from_the_start
             # the first batch is a plain step, which has one pass; with the large micro-batch it would differ
             trainer.state.device_train_microbatch_size = 8
             _grow_at_second_batch(recorder)
-        trainer.fit()
+        with pytest.warns(RuntimeWarning, match='microbatch size will be decreased from 16 -> 8'):
+            trainer.fit()
         assert trainer.state.device_train_microbatch_size == 8
         assert torch.equal(weights(trainer), weights(expected)), f'pass {failing}'
         assert same(trainer.state.optimizers[0].state_dict(), expected.state.optimizers[0].state_dict())

@@ -4,11 +4,13 @@ subtracting the offset, with state of their own. They show what the old lines di
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tests.problems import gradient
 
 __all__ = ['UsualGAM', 'UsualSAM', 'UsualWeightedSAM']
 
@@ -30,9 +32,9 @@ class _Usual(torch.optim.Optimizer):
         """Move along the gradients by rho, and note by how much (in addition to what is noted, with ``keep``)."""
         metrics = [p.abs() if self.adaptive else torch.ones_like(p) for p in self.with_gradient()]
         pairs = list(zip(self.with_gradient(), metrics, strict=True))
-        length = sum((t * p.grad).square().sum() for p, t in pairs).sqrt() + 1e-12
+        length = _norm(t * gradient(p) for p, t in pairs) + 1e-12
         for p, t in pairs:
-            offset = rho * t**2 * p.grad / length
+            offset = rho * t**2 * gradient(p) / length
             p.add_(offset)
             self.state[p][key] = self.state[p][key] + offset if keep else offset
 
@@ -95,7 +97,7 @@ class UsualWeightedSAM(_Usual):
         self.climb(self.rho, 'e_w')
         self.clip()
         for p in self.with_gradient():
-            self.state[p]['grad'] = p.grad.clone()
+            self.state[p]['grad'] = gradient(p).clone()
         if zero_grad:
             self.zero_grad()
 
@@ -105,8 +107,9 @@ class UsualWeightedSAM(_Usual):
         self.clip()
         for p in self.with_gradient():
             first = self.state[p]['grad']
-            self.state[p]['sharpness'] = p.grad - first
-            p.grad = first.clone() if self.decouple else (1 - self.alpha) * first + self.alpha * p.grad
+            second = gradient(p)
+            self.state[p]['sharpness'] = second - first
+            p.grad = first.clone() if self.decouple else (1 - self.alpha) * first + self.alpha * second
         self.base.step()
         if self.decouple:
             for group in self.param_groups:
@@ -142,7 +145,7 @@ class UsualGAM(_Usual):
 
     def keep(self, key: str) -> None:
         for p in self.with_gradient():
-            self.state[p][key] = p.grad.clone()
+            self.state[p][key] = gradient(p).clone()
 
     def step(self) -> tuple[Tensor, Tensor]:  # pyright: ignore
         outputs, loss = self.evaluate()
@@ -167,9 +170,8 @@ class UsualGAM(_Usual):
     def decompose(self) -> None:
         args, state, parameters = self.args, self.state, self.with_gradient()
         p = [state[w]['g_0'] + abs(args.grad_beta_2) * state[w]['g_2'] for w in parameters]
-        q = [args.grad_beta_1 * state[w]['g_1'] + args.grad_beta_3 * w.grad for w in parameters]
-        length_p = sum(x.square().sum() for x in p).sqrt()
-        length_q = sum(x.square().sum() for x in q).sqrt()
+        q = [args.grad_beta_1 * state[w]['g_1'] + args.grad_beta_3 * gradient(w) for w in parameters]
+        length_p, length_q = _norm(p), _norm(q)
         cosine = sum((x * y).sum() for x, y in zip(p, q, strict=True)) / (length_p * length_q + 1e-12)
         for w, x, y in zip(parameters, p, q, strict=True):
             w.grad = y - args.grad_gamma * (x - cosine * length_p * y / (length_q + 1e-12))
@@ -179,6 +181,10 @@ class UsualGAM(_Usual):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.base.load_state_dict(state_dict)
+
+
+def _norm(parts: Iterable[Tensor]) -> Tensor:
+    return torch.stack([part.square().sum() for part in parts]).sum().sqrt()
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader
 
 from composer_sam.recipes import RecipeError
 from composer_sam.recipes.data import Images, build_data, noisy_labels
@@ -46,6 +47,12 @@ def batches(loader: Any, epoch: int = 0) -> list[tuple[torch.Tensor, torch.Tenso
     return list(loader)
 
 
+def shown(loader: DataLoader) -> Images:
+    """The images of a loader."""
+    assert isinstance(loader.dataset, Images)
+    return loader.dataset
+
+
 def same(first: list[Any], second: list[Any]) -> bool:
     return len(first) == len(second) and all(
         torch.equal(a, b) for left, right in zip(first, second, strict=True) for a, b in zip(left, right, strict=True)
@@ -54,8 +61,7 @@ def same(first: list[Any], second: list[Any]) -> bool:
 
 def test_digits_are_split_by_class_and_scaled() -> None:
     data = build_data(digits(batch_size=64), seed=0)
-    train, test = data.train.dataset, data.test.dataset
-    assert isinstance(train, Images) and isinstance(test, Images)
+    train, test = shown(data.train), shown(data.test)
     assert isinstance(train.images, torch.Tensor)
     assert (len(train), len(test), data.num_classes, data.image_shape) == (1347, 450, 10, (1, 8, 8))
     assert (train.images.min(), train.images.max()) == (0, 1)
@@ -82,9 +88,9 @@ def test_loading_takes_nothing_from_the_random_stream_of_training() -> None:
 
 def test_label_noise_changes_the_training_labels_alone() -> None:
     clean, noisy = build_data(digits(), seed=0), build_data(digits(label_noise=0.4), seed=0)
-    changed = clean.train.dataset.labels != noisy.train.dataset.labels
+    changed = shown(clean.train).labels != shown(noisy.train).labels
     assert int(changed.sum()) == round(0.4 * 1347)
-    assert torch.equal(clean.test.dataset.labels, noisy.test.dataset.labels)
+    assert torch.equal(shown(clean.test).labels, shown(noisy.test).labels)
 
 
 def test_label_noise_is_symmetric_and_seeded() -> None:
@@ -100,18 +106,19 @@ def test_label_noise_is_symmetric_and_seeded() -> None:
 
 
 def test_validation_images_are_training_images_with_their_noise_and_others_for_another_seed() -> None:
-    whole = build_data(digits(label_noise=0.4), seed=3).train.dataset
+    whole = shown(build_data(digits(label_noise=0.4), seed=3).train)
     data = build_data(digits(label_noise=0.4, validation_fraction=0.25), seed=3)
-    train, held_out = data.train.dataset, data.test.dataset
+    train, held_out = shown(data.train), shown(data.test)
     assert (len(train), len(held_out)) == (1347 - 337, 337)
 
     def pairs(images: Images) -> list[tuple[bytes, int]]:
+        assert isinstance(images.images, torch.Tensor)
         both = zip(images.images, images.labels, strict=True)
         return sorted((image.numpy().tobytes(), int(label)) for image, label in both)
 
     assert pairs(whole) == sorted(pairs(train) + pairs(held_out))
-    assert pairs(held_out) == pairs(build_data(digits(label_noise=0.4, validation_fraction=0.25), seed=3).test.dataset)
-    other = build_data(digits(label_noise=0.4, validation_fraction=0.25), seed=4).test.dataset
+    assert pairs(held_out) == pairs(shown(build_data(digits(label_noise=0.4, validation_fraction=0.25), seed=3).test))
+    other = shown(build_data(digits(label_noise=0.4, validation_fraction=0.25), seed=4).test)
     # Of 337 images each is among another seed's with probability a quarter: 84 in common, give or take 8.
     assert len(set(pairs(held_out)) & set(pairs(other))) < 130
 
@@ -120,10 +127,10 @@ def test_validation_images_are_not_augmented(folder: Path) -> None:
     for augment in ('crop_flip', 'resized_crop'):
         section = folder_section(folder, augment=augment, batch_size=2, validation_fraction=0.5)
         data = build_data(section, seed=0)
-        held_out = data.test.dataset
-        assert len(held_out) == len(data.train.dataset)
+        held_out = shown(data.test)
+        assert len(held_out) == len(shown(data.train))
         assert torch.equal(held_out[0][0], held_out[0][0])
-        plain = build_data(folder_section(folder, augment='none', batch_size=2), seed=0).train.dataset
+        plain = shown(build_data(folder_section(folder, augment='none', batch_size=2), seed=0).train)
         originals = [image for image, _ in (plain[index] for index in range(len(plain)))]
         for index in range(len(held_out)):
             assert any(torch.equal(held_out[index][0], original) for original in originals)
@@ -142,8 +149,8 @@ def test_a_batch_larger_than_the_data_is_refused() -> None:
 def test_an_image_folder_is_read_alike_from_memory_and_from_disk(folder: Path) -> None:
     cached = build_data(folder_section(folder), seed=0)
     on_disk = build_data(folder_section(folder, cache_mb=0), seed=0)
-    assert isinstance(cached.train.dataset.images, torch.Tensor)
-    assert not isinstance(on_disk.train.dataset.images, torch.Tensor)
+    assert isinstance(shown(cached.train).images, torch.Tensor)
+    assert not isinstance(shown(on_disk.train).images, torch.Tensor)
     assert (cached.num_classes, cached.image_shape) == (2, (3, 16, 16))
     assert same(batches(cached.train), batches(on_disk.train))
     assert same(batches(cached.test), batches(on_disk.test))
@@ -151,7 +158,7 @@ def test_an_image_folder_is_read_alike_from_memory_and_from_disk(folder: Path) -
 
 def test_images_are_normalised_by_the_given_mean_and_std(folder: Path) -> None:
     section = folder_section(folder, augment='none', mean=[0.5, 0.0, 0.0], std=[0.5, 1.0, 2.0])
-    image, label = build_data(section, seed=0).test.dataset[3]  # the second dog: 110 everywhere
+    image, label = shown(build_data(section, seed=0).test)[3]  # the second dog: 110 everywhere
     value = 110 / 255
     assert int(label) == 1
     expected = torch.tensor([(value - 0.5) / 0.5, value, value / 2])
@@ -201,8 +208,8 @@ def test_cifar_is_read_as_torchvision_stores_it(tmp_path: Path, monkeypatch: pyt
 
     section = Cifar(name='cifar10', root=str(tmp_path), download=False, batch_size=8, augment='none')
     data = build_data(section, seed=0)
-    assert (len(data.train.dataset), len(data.test.dataset), data.num_classes) == (40, 8, 10)
-    image, label = data.test.dataset[7]
+    assert (len(shown(data.train)), len(shown(data.test)), data.num_classes) == (40, 8, 10)
+    image, label = shown(data.test)[7]
     mean, std = torch.tensor(section.mean).view(3, 1, 1), torch.tensor(section.std).view(3, 1, 1)
     torch.testing.assert_close(image, (torch.from_numpy(pixels[7]) / 255 - mean) / std)
     assert int(label) == 9

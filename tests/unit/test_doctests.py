@@ -18,7 +18,7 @@ def _modules() -> Iterator[str]:
             yield module.name
 
 
-@pytest.mark.parametrize('name', _modules())
+@pytest.mark.parametrize('name', list(_modules()))
 def test_examples(name: str) -> None:
     results = doctest.testmod(importlib.import_module(name))
     assert results.failed == 0

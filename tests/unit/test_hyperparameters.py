@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -73,11 +73,11 @@ def test_shared_values(name: str, values: dict[str, Any], message: str) -> None:
 
 def test_unknown_hyperparameters_are_an_error() -> None:
     with pytest.raises(TypeError, match='roh'):
-        SAM(roh=0.1)
+        cast(Any, SAM)(roh=0.1)
 
 
 def test_windows_follow_the_trainers_time() -> None:
-    from composer.core import Time, Timestamp
+    from composer.core import State, Time, Timestamp
 
     from composer_sam.trainers.composer.host import ComposerMoment
 
@@ -86,8 +86,12 @@ def test_windows_follow_the_trainers_time() -> None:
         moments = [
             ComposerMoment(
                 batch,
-                SimpleNamespace(
-                    timestamp=Timestamp(batch=batch, epoch=batch // 5, batch_in_epoch=batch % 5), max_duration=length
+                cast(
+                    State,
+                    SimpleNamespace(
+                        timestamp=Timestamp(batch=batch, epoch=batch // 5, batch_in_epoch=batch % 5),
+                        max_duration=length,
+                    ),
                 ),
             )
             for batch in range(20)

@@ -1,13 +1,30 @@
-"""The README names tests and files that are there."""
+"""The README names tests and files that are there, and what it shows runs; so do the command lines of all pages."""
 
 from __future__ import annotations
 
+import argparse
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composer.cli import launcher
+from composer.models import ComposerClassifier
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from composer_sam.commands.main import main
+from composer_sam.recipes import is_override, load_recipe
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / 'README.md').read_text()
 TABLE = README.split('## What is promised')[1].split('## What it costs and what it brings')[0]
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+FENCE = re.compile(r'^```([^\n]*)\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+SHELL = ('', 'console', 'sh', 'shell', 'bash')
 
 
 def test_every_promise_names_a_test_that_exists() -> None:
@@ -25,3 +42,174 @@ def test_every_link_leads_somewhere() -> None:
     links = re.findall(r'\]\(([^)#:]+)\)', README)
     assert len(links) > 8
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+# What it shows in Python.
+
+
+def _stand_ins(block: str) -> dict[str, Any]:
+    """What the reader has: a network of images of 8 x 8 pixels, an optimizer, one batch of data, a loss."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
+    data = TensorDataset(torch.randn(16, 1, 8, 8), torch.randint(10, (16,)))
+    return {
+        # A Trainer takes a model of Composer's, a loop of one's own any network.
+        'model': ComposerClassifier(network, num_classes=10) if 'Trainer(' in block else network,
+        'optimizer': torch.optim.SGD(network.parameters(), lr=0.1),
+        'loader': DataLoader(data, batch_size=16),
+        'loss_fn': nn.functional.cross_entropy,
+        'torch': torch,
+    }
+
+
+def test_every_python_block_runs() -> None:
+    """In order and in one namespace, as a reader goes down the page; each with a model that has not been trained."""
+    blocks = [
+        (README.count('\n', 0, found.start(2)), found[2]) for found in FENCE.finditer(README) if found[1] == 'python'
+    ]
+    assert len(blocks) >= 3
+    namespace: dict[str, Any] = {'__name__': 'readme'}
+    for line, block in blocks:
+        namespace.update(_stand_ins(block))
+        before = [parameter.detach().clone() for parameter in namespace['model'].parameters()]
+        # Empty lines put the errors' line numbers right.
+        exec(compile('\n' * line + block, 'README.md', 'exec', dont_inherit=True), namespace)
+        after = list(namespace['model'].parameters())
+        assert any(not torch.equal(*pair) for pair in zip(before, after, strict=True)), f'nothing is trained in {block}'
+
+
+# What it shows in a shell.
+
+
+def _command_lines(page: Path) -> Iterator[list[str]]:
+    """The words of every command, without comments."""
+    for found in FENCE.finditer(page.read_text()):
+        if found[1].strip() not in SHELL:
+            continue
+        for line in found[2].replace('\\\n', ' ').splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                yield words
+
+
+COMMANDS = [(page.name, words) for page in PAGES for words in _command_lines(page)]
+OURS = [(page, words[1:]) for page, words in COMMANDS if words[0] == 'composer-sam']
+LAUNCHED = [(page, words[1:]) for page, words in COMMANDS if words[0] == 'composer']
+MADE = [(page, words[1:]) for page, words in COMMANDS if words[0] == 'make']
+LOOP = ('for', 'do', 'done', 'mkdir', 'ls')  # docs/study.md sorts images into folders
+
+
+def _ids(value: object) -> str | None:
+    return ' '.join(value) if isinstance(value, list) else None
+
+
+def test_every_command_line_is_of_a_kind_that_is_checked() -> None:
+    assert {words[0] for _, words in COMMANDS} <= {'composer-sam', 'composer', 'make', *LOOP}
+    assert len(OURS) > 10 and len(LAUNCHED) > 2 and MADE
+
+
+def _parsed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    """What the program makes of its arguments, without doing it."""
+    seen: list[argparse.Namespace] = []
+
+    def run(options: argparse.Namespace) -> int:
+        seen.append(options)
+        return 0
+
+    original = argparse.ArgumentParser.parse_known_args
+
+    def parse_known_args(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        options, further = original(self, *args, **kwargs)
+        assert options is not None
+        options.command = run
+        return options, further
+
+    with monkeypatch.context() as patched:
+        patched.setattr(argparse.ArgumentParser, 'parse_known_args', parse_known_args)
+        assert main(arguments) == 0
+    (options,) = seen
+    return options
+
+
+def _expanded(words: list[str]) -> list[str]:
+    """The words as a shell in the repository's root hands them over."""
+    expanded: list[str] = []
+    for word in words:
+        found = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(word)) if '*' in word else [word]
+        assert found, f'{word} matches no file'
+        expanded += found
+    return expanded
+
+
+def _check_recipes(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parse a command line of ours, and load every recipe it names with the overrides it gives."""
+    options = vars(_parsed(arguments, monkeypatch))
+    changes: list[str] = options.get('changes', [])
+    files = [change for change in changes if not is_override(change)]
+    overrides = [change for change in changes if is_override(change)]
+    command: str = arguments[0]
+    recipe: str = options.get('recipe', '')
+    if command == 'train':
+        load_recipe(recipe, files, overrides)
+    elif recipe:  # of the checkpoints
+        assert files and all(file.endswith('.pt') for file in files)
+        load_recipe(recipe, (), overrides)
+    else:
+        grids = [grid.partition('=') for grid in options.get('grid', [])]
+        for file in files:
+            load_recipe(file, (), overrides)
+            for key, _, values in grids:
+                for value in values.split(','):
+                    load_recipe(file, (), [*overrides, f'{key}={value}'])
+    assert recipe or files or command == 'methods'
+
+
+@pytest.fixture
+def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.usefixtures('_at_the_root')
+@pytest.mark.parametrize(('page', 'words'), OURS, ids=_ids)
+def test_every_command_line_of_ours_is_understood(page: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    _check_recipes(_expanded(words), monkeypatch)
+
+
+@pytest.mark.usefixtures('_at_the_root')
+@pytest.mark.parametrize(('page', 'words'), LAUNCHED, ids=_ids)
+def test_every_command_line_of_the_launcher_is_understood(
+    page: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Composer's launcher knows the options, and what it starts is our program."""
+    started = words.index('-m') + 2
+    assert words[started - 1] == 'composer_sam'
+    monkeypatch.setattr('sys.argv', ['composer', '--help'])
+    with pytest.raises(SystemExit, match='0'):
+        launcher.main()
+    known = capsys.readouterr().out
+    for word in words[: started - 2]:
+        if word.startswith('-'):
+            assert re.search(rf'(^|[\s,]){re.escape(word)}\b', known), f'the launcher has no {word}'
+    _check_recipes(_expanded(words[started:]), monkeypatch)
+
+
+@pytest.mark.parametrize(('page', 'words'), MADE, ids=_ids)
+def test_every_make_target_is_there(page: str, words: list[str]) -> None:
+    targets = re.findall(r'^([\w-]+):', (ROOT / 'Makefile').read_text(), flags=re.MULTILINE)
+    assert {word for word in words if '=' not in word} <= set(targets)
+
+
+def test_the_recipe_of_make_demo_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    (line,) = re.findall(r'^demo:.*\n\t(.*)$', (ROOT / 'Makefile').read_text(), flags=re.MULTILINE)
+    program, *words = shlex.split(line)
+    assert program.endswith('/composer-sam')
+    monkeypatch.chdir(ROOT)
+    _check_recipes(words, monkeypatch)
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
+def test_every_yaml_block_is_part_of_a_recipe(page: Path, tmp_path: Path) -> None:
+    for number, found in enumerate(found for found in FENCE.finditer(page.read_text()) if found[1] == 'yaml'):
+        overlay = tmp_path / f'{number}.yaml'
+        overlay.write_text(found[2])
+        load_recipe(str(ROOT / 'yamls' / 'digits' / 'sgd.yaml'), [str(overlay)], [])

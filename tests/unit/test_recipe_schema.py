@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 
 from composer_sam.methods import SAM, registry
 from composer_sam.recipes import Recipe, RecipeError, is_override, load_recipe
-from composer_sam.recipes.build import _components, _optimizer
+from composer_sam.recipes.components import build_components, build_optimizer
+from composer_sam.recipes.schema import ImageFolder
 
 YAMLS = Path(__file__).parents[2] / 'yamls'
 DIGITS = YAMLS / 'digits' / 'sgd.yaml'
@@ -28,7 +29,7 @@ def write(path: Path, text: str) -> Path:
 def test_every_shipped_recipe_is_valid(path: Path) -> None:
     recipe = load_recipe(path, overrides=ON_CPU)
     methods = [
-        type(algorithm) for algorithm in _components(recipe)['algorithms'] if type(algorithm).__name__ in registry
+        type(algorithm) for algorithm in build_components(recipe).algorithms if type(algorithm).__name__ in registry
     ]
     assert len(methods) == (0 if path.stem.split('_')[-1] == 'sgd' or path.stem == 'sgd' else 1)
     assert (SAM in methods) == (path.stem in ('sam', 'resnet18_sam', 'resnet50_sam_interval10'))
@@ -52,6 +53,7 @@ def test_every_key_of_a_shipped_recipe_is_commented(path: Path) -> None:
 @pytest.mark.parametrize('name', ['resnet18_sgd', 'resnet18_sam'])
 def test_cifar_recipes_take_an_image_folder_by_two_overrides(name: str) -> None:
     recipe = load_recipe(YAMLS / 'cifar10' / f'{name}.yaml', overrides=['data.name=image_folder', 'data.root=photos'])
+    assert isinstance(recipe.data, ImageFolder)
     assert (recipe.data.name, recipe.data.root) == ('image_folder', 'photos')
 
 
@@ -62,7 +64,7 @@ def test_cifar_recipes_take_an_image_folder_by_two_overrides(name: str) -> None:
         ('seed=true', r'^seed: got True, should be a valid integer$'),
         ('seed=-1', r'^seed: got -1, should be greater than or equal to 0$'),
         ('max_duration=soon', r"^max_duration: 'soon' is not a duration; write '90ep'"),
-        ('max_duration=0ep', r"^max_duration: '0ep' must be longer than nothing$"),
+        ('max_duration=0ep', r"^max_duration: '0ep' must be > 0$"),
         ('precision=fp31', r"^precision: got 'fp31', should be 'fp32', 'amp_bf16'"),
         ('precision=amp_bf16', r"^precision: 'amp_bf16' does not run on the CPU; choose 'fp32'$"),
         ('data=null', r'^data: is required$'),
@@ -111,6 +113,18 @@ def test_cifar_recipes_take_an_image_folder_by_two_overrides(name: str) -> None:
         ('algorithms.mixup=3', r'^algorithms: got .*should be a valid dictionary$'),
         ('algorithms.sam=null', r'^algorithms.sam: null in the command line removes an inherited component'),
         ('callbacks.speed_monitor.window_size=wide', r"^callbacks.speed_monitor.window_size: 'wide' is of the wrong"),
+        (
+            'callbacks.sharpness_monitor.probs=9',
+            r'^callbacks.sharpness_monitor.probs: unknown key .*did you mean probes',
+        ),
+        (
+            'callbacks.sharpness_monitor.k=two',
+            r"^callbacks.sharpness_monitor.k: 'two' is of the wrong type, expected int$",
+        ),
+        (
+            'callbacks.sharpness_monitor.probes=2',
+            r'^callbacks.sharpness_monitor: probes must be an integer >= 6, got 2$',
+        ),
         ('callbacks.threshold_stopper={}', r'^callbacks.threshold_stopper.monitor: is required by ThresholdStopper$'),
         ('loggers.csv={}', r'^loggers.csv: unknown name \(value .csv.\); .*File.*Tensorboard.*WandB'),
         ('trainer.progres_bar=true', r'^trainer.progres_bar: unknown key \(value True\); did you mean .*progress_bar'),
@@ -142,11 +156,12 @@ def test_names_ignore_case_and_underscores_and_ours_come_first() -> None:
     ]
     overrides += ['optimizer={name: adam_w, momentum: null, betas: [0.8, 0.99]}', 'scheduler.name=cosineAnnealing']
     recipe = load_recipe(DIGITS, overrides=overrides)
-    components = _components(recipe)
-    sam, clipping = components['algorithms']
+    components = build_components(recipe)
+    sam, clipping = components.algorithms
+    assert isinstance(sam, SAM)
     assert (type(sam), sam.rho, type(clipping).__name__) == (SAM, 0.3, 'GradientClipping')
-    assert type(components['scheduler']).__name__ == 'CosineAnnealingScheduler'
-    optimizer = _optimizer(recipe, [torch.nn.Parameter(torch.zeros(1))])
+    assert type(components.scheduler).__name__ == 'CosineAnnealingScheduler'
+    optimizer = build_optimizer(recipe, [torch.nn.Parameter(torch.zeros(1))])
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.defaults['betas'] == (0.8, 0.99)
 

@@ -1,8 +1,9 @@
-"""Reports go on where they were cut off, and the figures in README and docs are the reports'."""
+"""Reports are resumed after an interruption, and the figures in README and docs are those of the reports."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def test_a_report_that_was_cut_off_goes_on(kept: Path) -> None:
             raise KeyboardInterrupt
         return [[name, 0.5]]
 
-    def run(fail: bool, **config: int) -> list[object]:
+    def run(fail: bool, **config: int) -> list[Sequence[object]]:
         report = Report('trial', {'rounds': 3, 'json': 'ignored', **config}, kept / 'trial')
         table = Table('Times', ('case', 'seconds'))
         for name in ('first', 'second'):

@@ -14,9 +14,11 @@ from composer_sam.engine.streams import RandomStreams
 
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
-    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
     yield
-    np.random.set_bit_generator(np.random.MT19937(0))
+    np.random.mtrand.set_bit_generator(np.random.MT19937(0))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +46,7 @@ def test_streams_are_put_back(draw: Callable[[], object], before: int) -> None:
 
 
 def test_another_bit_generator_is_put_back_too() -> None:
-    np.random.set_bit_generator(np.random.PCG64(1))
+    np.random.mtrand.set_bit_generator(np.random.PCG64(1))
     streams = RandomStreams(set())
     places = streams.read()
     expected = np.random.rand()

@@ -1,4 +1,4 @@
-"""What a method does at Composer's events: the optimizer swap, the scaler, and the check of the run's length."""
+"""The actions of a method at Composer's events: the optimizer swap, the scaler, and the check of the run's length."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 
 
 def register(algorithm: type[Any]) -> None:
-    """Make a class, and all that extend it, an ``Algorithm`` to ``isinstance``."""
+    """Register a class, so that ``isinstance`` takes it and its subclasses for an ``Algorithm``."""
     Algorithm.register(algorithm)
 
 
 def apply(method: Method, event: Event, state: State, logger: Logger) -> None:
-    """Do what a method has to do at an event of the Trainer's."""
+    """Do what a method does at an event of the Trainer."""
     if event == Event.FIT_END:
         _report(method, state)
         return
@@ -36,7 +36,7 @@ def apply(method: Method, event: Event, state: State, logger: Logger) -> None:
 
 
 def _swap(method: Method, state: State, logger: Logger) -> None:
-    """Put the wrapper in the optimizer's place, once, also over several fits."""
+    """Replace the trainer's optimizer with the wrapper, once even over several fits."""
     name = type(method).__name__
     if not state.optimizers:
         raise ValueError(f'{name} needs an optimizer: give the Trainer optimizers=...')
@@ -49,15 +49,15 @@ def _swap(method: Method, state: State, logger: Logger) -> None:
         raise ValueError(f'composer.algorithms.SAM has wrapped the optimizer already: use it or {name}, not both')
     if always_synchronises(state.model) and not method.sync_first_pass and method.passes > 1:
         log.warning(
-            'FSDP averages every gradient over the ranks, so all ranks of %s perturb alike: sync_first_pass=False, '
-            'one perturbation per rank (m-sharpness), has no effect',
+            'FSDP averages every gradient over the ranks, so all ranks of %s use the same perturbation: '
+            'sync_first_pass=False, one perturbation per rank (m-sharpness), has no effect',
             name,
         )
     state.optimizers = SharpnessAwareOptimizer(optimizer, method, state.model, host=ComposerHost(state, logger))
 
 
 def _install_scaler(method: Method, state: State) -> None:
-    """At amp_fp16 put a scaler in place that knows of passes; ``fit(precision=...)`` replaces it every time."""
+    """Install a scaler for steps of several passes at amp_fp16; ``fit(precision=...)`` replaces it every time."""
     if state.precision != Precision.AMP_FP16 or isinstance(state.scaler, GradScaler):
         return
     if method.backwards_create_graph:
@@ -72,7 +72,7 @@ def _install_scaler(method: Method, state: State) -> None:
 
 
 def _report(method: Method, state: State) -> None:
-    """Say so where training has ended without one perturbed step."""
+    """Warn if training has ended without a perturbed step."""
     optimizer = state.optimizers[0]
     if isinstance(optimizer, SharpnessAwareOptimizer) and optimizer.steps_taken and not optimizer.steps_perturbed:
         log.warning(
@@ -84,14 +84,14 @@ def _report(method: Method, state: State) -> None:
 
 
 def _part(state: State, value: float, unit: TimeUnit) -> float | None:
-    """The part of the run that is over when so many of a unit are; None where nobody can tell."""
+    """Return the part of the run that ``value`` units make up; None if it is unknown."""
     length = state.max_duration
     if length is None:
         return None
     if unit == TimeUnit.DURATION:
         return value
     if unit != length.unit:
-        # Epochs and steps can be told from each other by the steps of an epoch.
+        # The number of steps per epoch converts epochs to steps and back.
         steps = {TimeUnit.EPOCH: state.dataloader_len, TimeUnit.BATCH: 1}
         of, by = steps.get(length.unit), steps.get(unit)
         if of is None or by is None:

@@ -1,4 +1,4 @@
-"""Composer's closure, opened in one place, once: its trainer and its micro-batches."""
+"""Composer's closure, with access to the trainer and the micro-batches that it holds."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = ['ComposerClosure']
 
 
 class ComposerClosure(Closure):
-    """The closure that a Trainer hands to ``step``.
+    """The closure that a Trainer passes to ``step``.
 
-    It zeroes the gradients, runs all micro-batches and fires the events. Called with ``ddp_sync=False`` it leaves
-    gradients on their rank by itself, and a loss logged in a dictionary of its own is one that nobody sees.
+    It zeroes the gradients, runs all micro-batches and fires the events. Called with ``ddp_sync=False`` it does not
+    average gradients over ranks. Called with another ``loss_dict`` it does not log its losses.
 
     Args:
         function: the closure. At amp_fp16 the scaler has wrapped it.
 
     Raises:
-        RuntimeError: it is not made as Composer 0.32 makes it.
+        RuntimeError: the closure is not made as Composer 0.32 makes it.
     """
 
     def __init__(self, function: Callable[..., Any]):
@@ -36,7 +36,7 @@ class ComposerClosure(Closure):
         self.checks_gradients = getattr(function, 'checks_gradients', False)
         cells = _cells(function)
         self._trainer: Any = cells['self'].cell_contents
-        # The variable the closure reads its micro-batches from: written to, the next call takes what was written.
+        # The variable the closure reads its micro-batches from; the next call uses what is written to it.
         self.microbatches = cells['microbatches']
         if not hasattr(self._trainer, '_ddp_sync_strategy'):
             raise _unknown('its Trainer has no _ddp_sync_strategy')
@@ -50,15 +50,15 @@ class ComposerClosure(Closure):
 
     @contextlib.contextmanager
     def unsynchronised(self, ddp: DistributedDataParallel) -> Iterator[None]:
-        """The context in which gradients stay on their rank whatever ``ddp_sync_strategy`` says.
+        """Return the context in which gradients are not averaged over ranks, for any ``ddp_sync_strategy``.
 
-        ``ddp_sync=False`` does so for all but ``'forced_sync'``, which reduces gradients by hand after the backward.
+        ``ddp_sync=False`` is enough for all but ``'forced_sync'``, which reduces gradients by hand after the backward.
         """
         del ddp
         trainer = self._trainer
         strategy = trainer._ddp_sync_strategy
         if strategy == DDPSyncStrategy.FORCED_SYNC:
-            trainer._ddp_sync_strategy = DDPSyncStrategy.MULTI_AUTO_SYNC  # no context of its own inside no_sync
+            trainer._ddp_sync_strategy = DDPSyncStrategy.MULTI_AUTO_SYNC  # opens no further context inside no_sync
         try:
             yield
         finally:
@@ -66,7 +66,7 @@ class ComposerClosure(Closure):
 
 
 def _cells(function: Callable[..., Any]) -> dict[str, CellType]:
-    """The variables of Composer's that its closure keeps, by name."""
+    """Return the variables of Composer that its closure keeps, by name."""
     closure = inspect.unwrap(function)
     names: tuple[str, ...] = getattr(getattr(closure, '__code__', None), 'co_freevars', ())
     kept: tuple[CellType, ...] = getattr(closure, '__closure__', None) or ()
@@ -79,7 +79,7 @@ def _cells(function: Callable[..., Any]) -> dict[str, CellType]:
 
 def _unknown(what: str) -> RuntimeError:
     return RuntimeError(
-        f'the closure handed to step() is not the one that a Trainer of Composer 0.32 makes ({what}; Composer '
-        f'{composer.__version__} is installed): use mosaicml>=0.32.1,<0.33, or outside of a Trainer make a '
-        'SharpnessAwareOptimizer of your own'
+        f'the closure passed to step() is not the one that a Trainer of Composer 0.32 makes ({what}; Composer '
+        f'{composer.__version__} is installed): use mosaicml>=0.32.1,<0.33, or outside a Trainer create a '
+        'SharpnessAwareOptimizer yourself'
     )

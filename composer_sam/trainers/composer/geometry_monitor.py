@@ -1,4 +1,4 @@
-"""The geometry of directions and gradients during training, as a Composer callback."""
+"""A Composer callback that compares the direction with the gradient during training."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ __all__ = ['GradientGeometryMonitor']
 
 
 class GradientGeometryMonitor(Callback):
-    """Logs ``geometry/<number>`` of :func:`~composer_sam.diagnostics.gradient_geometry` on perturbed steps.
+    """A callback that logs the numbers of :func:`~composer_sam.diagnostics.gradient_geometry` on perturbed steps.
 
-    ``gradient_norm``, ``direction_norm``, ``cosine``, ``share_larger`` and ``share_opposite``, over all ranks and
-    shards. Training goes on bit for bit as without the callback.
+    They are ``geometry/gradient_norm``, ``geometry/direction_norm``, ``geometry/cosine``, ``geometry/share_larger`` and
+    ``geometry/share_opposite``, over all ranks and shards. Training is bit for bit the same as without the callback.
 
     Args:
-        interval: look at every ``interval``-th perturbed step, :math:`\\ge 1`.
+        interval: the interval between logged steps, in perturbed steps, :math:`\\ge 1`.
 
     Cost:
-        No extra pass. On the steps looked at one copy of the gradient in memory and a few reads of it; under
-        DistributedDataParallel one more exchange of gradients, where the first pass is not synchronised.
+        No extra pass. On logged steps one copy of the gradient in memory and a few reads of it; under
+        DistributedDataParallel one more exchange of gradients if the first pass is not synchronised.
 
     Raises:
-        ValueError: ``interval`` out of its range; when fitting starts, no sharpness-aware method in the Trainer.
+        ValueError: ``interval`` is out of its range; when fitting starts, the Trainer has no sharpness-aware method.
 
     Example:
         >>> from composer_sam import SAM
@@ -45,7 +45,7 @@ class GradientGeometryMonitor(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         del logger
-        # Algorithms come before callbacks: a method has swapped the optimizer by now.
+        # Algorithms run before callbacks, so a method has already wrapped the optimizer.
         if not isinstance(state.optimizers[0], SharpnessAwareOptimizer):
             raise ValueError(
                 'GradientGeometryMonitor compares the direction of a sharpness-aware method with the gradient: '

@@ -24,7 +24,7 @@ __all__ = ['ComposerHost', 'ComposerMoment']
 
 @dataclass(frozen=True)
 class ComposerMoment(Moment):
-    """When a step of a Trainer happens, by the trainer's timestamp.
+    """The time of a step of a Trainer, by the trainer's timestamp.
 
     Args:
         state: the trainer's state.
@@ -41,13 +41,13 @@ class ComposerMoment(Moment):
         return timestamp.get(length.unit).value / length.value
 
     def factor(self, schedule: Callable[[Any], float]) -> float:
-        # A protocol that cannot be asked by isinstance; Composer's schedulers name it as their base.
+        # isinstance does not work with this protocol, but Composer's schedulers have it as a base class.
         of_composer = ComposerScheduler in type(schedule).__mro__
         return schedule(self.state if of_composer else self.state.timestamp)
 
 
 class ComposerHost:
-    """What a wrapped optimizer asks its Trainer.
+    """A Trainer as the host of a wrapped optimizer.
 
     Args:
         state: the trainer's state.
@@ -61,10 +61,10 @@ class ComposerHost:
         self._logger = logger
 
     def check(self, method: Method) -> None:
-        """Nothing: a Trainer can tell all that methods ask."""
+        """Do nothing: a Trainer provides all that methods need."""
 
     def moment(self, steps_taken: int) -> Moment:
-        del steps_taken  # the trainer's counter is saved and restored
+        del steps_taken  # the trainer's own counter is used: checkpoints hold it
         return ComposerMoment(self._state.timestamp.batch.value, self._state)
 
     def closure(self, function: Callable[..., Any]) -> Closure:
@@ -80,7 +80,7 @@ class ComposerHost:
                 algorithm.apply(Event.AFTER_TRAIN_BATCH, self._state, self._logger)
 
     def passes_done(self) -> None:
-        """Report the memory, if the trainer does: once for all passes."""
+        """Report the memory once for all passes, if the trainer has a MemoryMonitor."""
         for callback in self._state.callbacks:
             if isinstance(callback, MemoryMonitor):
                 callback.after_train_batch(self._state, self._logger)

@@ -1,4 +1,4 @@
-"""What a repeated pass must not disturb of a Trainer's: train metrics, outputs, losses and micro-batches."""
+"""The control of a Trainer's records in repeated passes: train metrics, outputs, losses and micro-batches."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ['RecordsControl']
 
 
 class RecordsControl:
-    """Composer's side of a step: train metrics, ``state.outputs``, ``state.loss`` and the micro-batches.
+    """The control of train metrics, ``state.outputs``, ``state.loss`` and the micro-batches.
 
-    From the second pass on no train metric is updated, and what the trainer shows at BATCH_END is the first pass's.
-    The micro-batches are handed to every pass as they were: an algorithm or a transform that changes them in place
-    (Composer allows it) would otherwise change them a second time. GradientClipping, which would act on every pass's
-    gradient, and MemoryMonitor, which would report every pass, are taken out until the direction is found; the step
-    then applies them, once.
+    From the second pass on, no train metric is updated. What the trainer shows at BATCH_END is from the first pass.
+    Every pass gets the micro-batches as they were: an algorithm or a transform that changes them in place (Composer
+    allows it) would otherwise change them a second time. GradientClipping would act on every pass's gradient, and
+    MemoryMonitor would report every pass. Both are removed until the direction is found; the step then applies them
+    once.
 
     Args:
         state: Composer's ``State``.
@@ -61,20 +61,20 @@ class RecordsControl:
         self._state.batch = self._batch
         self._cell.cell_contents = self._microbatches
         for name, value in self._records.items():
-            # Without its graph, which a differentiable backward would otherwise keep alive until the next batch.
+            # Detached, because a differentiable backward would keep the graph alive until the next batch.
             setattr(self._state, name, tree_map(_detached, value))
 
     def discard(self) -> None:
         self.settle()
 
     def rollback(self) -> None:
-        # The trainer itself clears metrics and records before it tries a batch again.
+        # The trainer itself clears metrics and records before it retries a batch.
         self.settle()
         tree_map(_write_back, self._microbatches, self._pristine)
 
 
 def _clone(item: Any) -> Any:
-    # Not a deep copy: that copies the whole storage a tensor is a slice of.
+    # A deep copy would copy the whole storage that a tensor is a slice of.
     return item.detach().clone() if isinstance(item, Tensor) else copy.deepcopy(item)
 
 

@@ -15,19 +15,19 @@ __all__ = ['GradScaler']
 
 
 class GradScaler(torch.amp.GradScaler):
-    """The scaler that a Trainer steps sharpness-aware optimizers with, at precision ``amp_fp16``.
+    """The scaler with which a Trainer steps sharpness-aware optimizers at precision ``amp_fp16``.
 
-    The Trainer scales every pass's loss and unscales its gradient. This class looks at every pass: where a gradient
+    The Trainer scales every pass's loss and unscales its gradient. This class checks every pass: if a gradient
     overflows on any rank, the step is skipped on all ranks. All passes of a step have the same scale, and for the
-    scale's growth they count as one step. The class has torch's name because Composer files a scaler's state under its
-    class's name: checkpoints of fp16 runs load with and without a method.
+    scale's growth they count as one step. The class has the same name as torch's, because Composer stores a scaler's
+    state under the name of its class: checkpoints of fp16 runs load with and without a method.
     """
 
     def step(self, optimizer: Optimizer, *args: Any, closure: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
-        """Step the optimizer with a closure that returns None where a pass overflowed."""
+        """Step the optimizer with a closure that returns None if a pass overflowed."""
         if closure is None:
             return super().step(optimizer, *args, **kwargs)
-        # What a failed step noted is not this one's.
+        # Drop what a failed step noted.
         self._per_optimizer_states.pop(id(optimizer), None)
 
         @functools.wraps(closure)

@@ -1,4 +1,4 @@
-"""Sharpness during training, as a Composer callback."""
+"""A Composer callback that measures sharpness during training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from composer.utils import create_interval_scheduler, dist
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from composer_sam.diagnostics.checks import NotConvergedError, NotFiniteError, check_at_least, check_count
-from composer_sam.diagnostics.measure import check_options, measure
+from composer_sam.diagnostics.keywords import keywords_of
+from composer_sam.diagnostics.lanczos import check_eigensolver
+from composer_sam.diagnostics.measure import MeasureOptions, check_measures, measure_objective
 from composer_sam.diagnostics.objective import Objective
 from composer_sam.diagnostics.samples import read
 
@@ -22,48 +24,45 @@ log = logging.getLogger(__name__)
 
 
 class SharpnessMonitor(Callback):
-    """Measures the model as it trains and logs ``sharpness/<measure>``, without touching the training.
+    """A callback that measures the model during training and logs ``sharpness/<measure>``.
 
-    The same samples every time, in evaluation mode, in the weights' own precision whatever the trainer's is, with the
-    model's own loss; what algorithms do to batches (MixUp, label smoothing) is not applied. Weights, optimizer,
-    buffers, gradients, random streams and the training loader go on bit for bit as without the callback. The samples
-    are read when fitting starts and stay in memory. A generator that the dataset draws from by itself goes on.
+    Every measurement uses the same samples, evaluation mode, the precision of the weights (not that of the Trainer) and
+    the loss of the model. Changes of batches by algorithms (MixUp, label smoothing) are not applied. The samples are
+    read when fitting starts and stay in memory. Weights, optimizer, buffers, gradients, random streams and the training
+    loader are bit for bit as without the callback, except for random generators of the dataset itself.
+
+    Under DistributedDataParallel each rank measures its share of the samples and all ranks log the same numbers. A
+    measure that fails (the training has diverged, or Lanczos did not converge) is left out with a warning, and training
+    continues.
 
     Args:
-        interval: how often, a Composer time string, and at the end of training.
-        batches: ``'train'`` or ``'eval'`` (the first evaluator's): ``samples`` of the dataset, evenly spaced, read by a
-            loader of our own in this process. Random augmentation is drawn once, from a fixed seed. Or batches of
-            your own: any iterable, or a ``DataSpec``, whose transforms are applied; with several ranks each rank's own.
-            For ``'train'`` a callback is not shown the transforms of a ``DataSpec``: pass it here if it has some.
-        samples: :math:`\\ge 1`, over all ranks together.
-        measures: which numbers, see :func:`~composer_sam.diagnostics.measure.measure`, as all that follow.
-        k: how many eigenvalues, the further ones as ``sharpness/eigenvalue_2`` and so on.
-        probes: Hessian products for the trace.
-        rho: radius of the sharpness.
-        adaptive_rho: radius of the adaptive sharpness.
-        eta: of the adaptive sharpness.
-        flatness_rho: radius of the first-order flatness.
-        ascent: ``'projected'`` or ``'first_order'``.
-        steps: of projected ascent.
-        microbatch: samples per graph; by default the loader's batch size.
-        seed: of everything random.
-        tol: of the eigenvalues.
-
-    Under DistributedDataParallel each rank measures its share and all log the same numbers. A number that cannot be
-    had (training has diverged, Lanczos did not converge) is left out with a warning; training goes on.
+        interval: the interval between measurements, a Composer time string; the end of training is measured too.
+        batches: ``'train'`` or ``'eval'`` (the first evaluator) for ``samples`` evenly spaced samples of its dataset,
+            read by a separate loader in this process, with random augmentation drawn once, from a fixed seed. Or your
+            own batches: an iterable, or a ``DataSpec``, whose transforms are applied; each rank passes its own. The
+            Trainer does not show callbacks the transforms of a ``DataSpec`` for training: if it has transforms, pass
+            the ``DataSpec`` here in place of ``'train'``.
+        samples: :math:`\\ge 1`, the number of samples over all ranks.
+        measures: a selection of :data:`~composer_sam.diagnostics.MEASURES`. Eigenvalues after the first are logged as
+            ``sharpness/eigenvalue_2`` and so on.
+        microbatch: the largest number of samples in one graph; the batch size of the loader if None.
+        seed: the seed of all random numbers.
+        options: the fields of :class:`~composer_sam.diagnostics.MeasureOptions`.
 
     Cost:
-        With the default measures about 10 Hessian products and 25 passes over ``samples`` each time.
+        With the default measures about 10 Hessian products and 25 passes over ``samples`` for each measurement.
 
     Raises:
-        ValueError: an argument out of its range; when fitting starts, parameters sharded by FSDP, or a loader whose
-            dataset cannot be read at will.
+        ValueError: an argument out of its range; when fitting starts, parameters sharded by FSDP, or a loader without
+            random access to its dataset.
+        ModuleNotFoundError: eigenvalues are requested and SciPy is not installed.
 
     Example:
         >>> from composer_sam.trainers.composer import SharpnessMonitor
         >>> monitor = SharpnessMonitor('5ep', samples=256)   # Trainer(callbacks=[monitor])
     """
 
+    @keywords_of(MeasureOptions)
     def __init__(
         self,
         interval: str | int | Time = '1ep',
@@ -71,36 +70,20 @@ class SharpnessMonitor(Callback):
         samples: int = 512,
         measures: Sequence[str] = ('loss', 'gradient_norm', 'top_eigenvalue', 'sam_sharpness'),
         *,
-        k: int = 1,
-        probes: int = 30,
-        rho: float = 0.05,
-        adaptive_rho: float = 0.5,
-        eta: float = 0.01,
-        flatness_rho: float = 0.2,
-        ascent: str = 'projected',
-        steps: int = 20,
         microbatch: int | None = None,
         seed: int = 0,
-        tol: float = 1e-3,
+        **options: Any,
     ):
         if Time.from_input(interval, TimeUnit.EPOCH).value <= 0:
-            raise ValueError(f'interval must be longer than nothing, got {interval!r}')
+            raise ValueError(f'interval must be a duration > 0, got {interval!r}')
         if isinstance(batches, str) and batches not in ('train', 'eval'):
             raise ValueError(f"batches must be 'train', 'eval' or batches of your own, got {batches!r}")
         check_at_least('samples', samples, 1)
         check_count('microbatch', microbatch)
-        self._options: dict[str, Any] = {
-            'k': k,
-            'probes': probes,
-            'rho': rho,
-            'adaptive_rho': adaptive_rho,
-            'eta': eta,
-            'flatness_rho': flatness_rho,
-            'ascent': ascent,
-            'steps': steps,
-            'tol': tol,
-        }
-        check_options(measures, **self._options)
+        check_measures(measures)
+        if 'top_eigenvalue' in measures:
+            check_eigensolver()
+        self._options = MeasureOptions(**options)
         self._seed = seed
         self._measures = tuple(measures)
         self._due = create_interval_scheduler(interval)
@@ -114,13 +97,13 @@ class SharpnessMonitor(Callback):
         super().run_event(event, state, logger)
         if state.get_elapsed_duration() is None or not self._due(state, event):
             return
-        if self._last != state.timestamp.batch.value:  # the end of an epoch can be the end of training too
+        if self._last != state.timestamp.batch.value:  # the end of an epoch may also be the end of training
             self._last = state.timestamp.batch.value
             self._log(state, logger)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         del logger
-        # Reads the samples, and says now what would be refused later.
+        # Reads the samples, and raises errors about the data now rather than at the first measurement.
         self._batches = Objective(state.model, None, self._read(state), microbatch=self._microbatch).batches
 
     def _log(self, state: State, logger: Logger) -> None:
@@ -129,9 +112,9 @@ class SharpnessMonitor(Callback):
         seconds = 0.0
         with objective.undisturbed():
             for name in self._measures:
-                # One by one: where one cannot be had the others can.
+                # One at a time, so that a measure that fails does not affect the others.
                 try:
-                    one = measure(objective, measures=[name], seed=self._seed, **self._options).as_dict()
+                    one = measure_objective(objective, [name], self._options, seed=self._seed).as_dict()
                 except (NotFiniteError, NotConvergedError) as error:
                     log.warning('sharpness/%s is left out at batch %d: %s', name, self._last, error)
                     continue
@@ -140,12 +123,12 @@ class SharpnessMonitor(Callback):
         logger.log_metrics({**found, 'sharpness/seconds': seconds})
 
     def _read(self, state: State) -> Iterator[Any]:
-        """The batches to measure on, transformed as the Trainer would."""
+        """Yield the batches to measure on, transformed as in the Trainer."""
         source, limit = self._source, None
         if isinstance(source, str):
             if source == 'eval' and not state.evaluators:
                 raise ValueError("batches='eval' needs an eval_dataloader in the Trainer, which has none")
-            # A DataSpec, or what it would hold.
+            # A DataSpec, or a loader.
             source = state.train_dataloader if source == 'train' else state.evaluators[0].dataloader
         else:
             limit = -(-self._samples // dist.get_world_size())
@@ -157,7 +140,7 @@ class SharpnessMonitor(Callback):
             yield batch if spec is None else spec.microbatch_transforms(spec.batch_transforms(batch))
 
     def _own_loader(self, loader: Any) -> Iterable[Any]:
-        """The same dataset in a loader of its own: evenly spaced samples, this rank's share of them."""
+        """Return a separate loader of the dataset, with this rank's share of evenly spaced samples."""
         dataset: Any = getattr(loader, 'dataset', None)
         if (
             not isinstance(loader, DataLoader)

@@ -1,0 +1,110 @@
+"""The picture of a study."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from composer_sam.extras import extra
+from composer_sam.studies.result import RunResult
+from composer_sam.studies.tables import ACCURACY, Cells, Measure, measures_of, value_text
+
+with extra('diagnostics', __name__):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+__all__ = ['draw']
+
+
+def draw(runs: Sequence[RunResult]) -> Figure:
+    """Draw accuracy and largest eigenvalue against the columns' values, and the share of larger entries by epoch."""
+    cells = Cells(runs)
+    measures = [measure for measure in measures_of(runs) if measure.drawn]
+    has_geometry = any(run.geometry for run in runs)
+    panels = len(measures) + has_geometry
+    figure = Figure(figsize=(4.6 * panels + 0.6, 4.8), layout='constrained')
+    axes: Any = figure.subplots(1, panels, squeeze=False)[0]
+    draw_measure = _draw_rows if cells.columns == [None] else _draw_columns
+    for measure, panel in zip(measures, axes, strict=False):
+        draw_measure(panel, cells, measure)
+    if has_geometry:
+        _draw_geometry(axes[-1], cells)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside lower center', ncols=min(len(labels), 4), frameon=False)
+    return figure
+
+
+def _draw_rows(axes: Axes, cells: Cells, measure: Measure) -> None:
+    """Draw a point for every row, with the spread over the seeds; for recipes without a grid."""
+    for index, row in enumerate(cells.rows):
+        values = measure.values(cells.at(row, None))
+        if values is not None:
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            style: dict[str, Any] = {'label': row, 'color': f'C{index % 10}'}
+            axes.errorbar(statistics.fmean(values), index, xerr=spread, marker='o', linestyle='', capsize=3, **style)
+    axes.set_yticks([])
+    axes.invert_yaxis()
+    axes.set(title=measure.title)
+    axes.grid(alpha=0.3)
+
+
+def _draw_columns(axes: Axes, cells: Cells, measure: Measure) -> None:
+    """Draw a curve for every row, with the spread over the seeds, and a band for runs without a value."""
+    columns = [column for column in cells.columns if column is not None]
+    places = [float(column) for column in columns] if cells.numbers else list(range(len(columns)))
+    drawn = []
+    for index, row in enumerate(cells.rows):
+        style: dict[str, Any] = {'label': row, 'color': f'C{index % 10}'}
+        points = []
+        for place, column in zip(places, columns, strict=True):
+            values = measure.values(cells.at(row, column))
+            if values is not None:
+                points.append((place, statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0))
+        alone = measure.values(cells.at(row, None))
+        if alone is not None:
+            mean, spread = statistics.fmean(alone), statistics.stdev(alone) if len(alone) > 1 else 0.0
+            axes.axhline(mean, linestyle='--', linewidth=1.2, **style)
+            axes.axhspan(mean - spread, mean + spread, alpha=0.12, linewidth=0, color=style['color'])
+            drawn.append(mean)
+        if points:
+            x, y, error = zip(*points, strict=True)
+            axes.errorbar(x, y, error, marker='o', markersize=4, linewidth=1.3, alpha=0.9, capsize=2, **style)
+            drawn += y
+    if cells.numbers and places[0] > 0 and places[-1] >= 4 * places[0]:
+        axes.set_xscale('log')
+    axes.set_xticks(places, [value_text(column) for column in columns])
+    axes.minorticks_off()
+    if not measure.percent and drawn and min(drawn) > 0 and max(drawn) > 10 * min(drawn):
+        axes.set_yscale('log')
+    axes.set(xlabel=cells.column, title=measure.title)
+    axes.grid(alpha=0.3)
+
+
+def _draw_geometry(axes: Axes, cells: Cells) -> None:
+    """Draw the share of larger entries by epoch for every row, at the value of its highest accuracy.
+
+    The curve is the mean over the seeds, in a band from the lowest to the highest.
+    """
+    for index, row in enumerate(cells.rows):
+        tested = [
+            (statistics.fmean(values), runs)
+            for column in cells.columns
+            if (runs := cells.at(row, column)) and (values := ACCURACY.values(runs)) is not None
+        ]
+        if not tested:
+            continue
+        _, runs = max(tested, key=lambda cell: cell[0])
+        curves = [run.geometry for run in runs if run.geometry]
+        if not curves:
+            continue
+        columns = list(zip(*(curve['share_larger'] for curve in curves), strict=False))
+        epochs = curves[0]['epoch'][: len(columns)]
+        axes.plot(epochs, [100 * statistics.fmean(column) for column in columns], color=f'C{index % 10}', linewidth=1.2)
+        lowest, highest = ([100 * pick(column) for column in columns] for pick in (min, max))
+        axes.fill_between(epochs, lowest, highest, alpha=0.15, color=f'C{index % 10}', linewidth=0)
+    where = f'\nat the most accurate {cells.column} of each' if cells.column else ''
+    axes.set(xlabel='epoch', title=f"Entries larger than the gradient's (%){where}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
