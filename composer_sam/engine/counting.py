@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -60,7 +61,8 @@ def count(rule: Rule, number: int = 0, make_layout: Callable[[list[nn.Parameter]
     unselective.parameters = None
     found = Count()
     step = _CountingStep(make_layout(list(model.parameters())), {}, model, number)
-    with Transaction(unselective, step) as transaction:
+    with Transaction(unselective, step) as transaction, warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message=r'Using backward\(\) with create_graph')  # the step frees the graph
         for request in transaction.passes():
             model(torch.ones(3, 1)).square().sum().backward(create_graph=request.graph)
             found.passes += 1

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 from composer_sam.engine.controls import Control, end_skipped
 from composer_sam.engine.placement import Placement
@@ -53,7 +53,7 @@ class Transaction:
         self._controls: Sequence[Control] = ()
         self._rule = rule.direction(step)
         self._gradient: Vector | None = None
-        self._last: weakref.ref[Tensor] | None = None
+        self._last: TensorWeakRef | None = None
         self._direction: Direction | None = None
         self._plain: Vector | None = None
         self._open = True
@@ -235,7 +235,7 @@ class Transaction:
             )
         # A new tensor object, which lives only as long as the method holds the gradient.
         values[0] = values[0].view_as(values[0])
-        self._last = weakref.ref(values[0])
+        self._last = TensorWeakRef(values[0])
 
     def _found(self) -> Direction:
         if self._direction is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import warnings
 from typing import Any
 
 from composer_sam.engine.counting import count
@@ -31,9 +30,7 @@ def table() -> list[dict[str, Any]]:
     perturbed step, counted on the rule itself. ``extra_copies`` is what the step adds to the base step's peak memory,
     in copies of the parameters. ``hyperparameters`` are the method's own, by name, with their defaults.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message=r'Using backward\(\) with create_graph')  # the step frees the graph
-        return [_table_row(name, method) for name, method in registry.items()]
+    return [_table_row(name, method) for name, method in registry.items()]
 
 
 def _table_row(name: str, method: type[SharpnessAware]) -> dict[str, Any]:
