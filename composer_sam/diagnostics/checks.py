@@ -7,9 +7,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+from composer_sam.engine.wrappers import is_fsdp
+from composer_sam.vectors.layout import is_dtensor
 
 __all__ = [
     'Loss',
@@ -18,6 +19,7 @@ __all__ = [
     'check_at_least',
     'check_count',
     'check_model',
+    'check_pair',
     'check_parameters',
     'check_positive',
     'checked_loss',
@@ -80,8 +82,7 @@ def checked_loss(model: nn.Module, loss: Loss | None) -> Loss | None:
 def check_model(model: nn.Module) -> None:
     """Raise ValueError for a model with sharded parameters, or with DistributedDataParallel inside."""
     for module in model.modules():
-        sharded = isinstance(module, (FullyShardedDataParallel, FSDPModule))
-        if sharded or any(isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)):
+        if is_fsdp(module) or any(is_dtensor(parameter) for parameter in module.parameters(recurse=False)):
             raise ValueError(
                 f'{type(module).__name__} holds parameters sharded over processes (FSDP or DTensor), which cannot be '
                 'differentiated twice: save a full checkpoint and load it into the plain model in one process'
@@ -90,6 +91,16 @@ def check_model(model: nn.Module) -> None:
             raise ValueError(
                 'DistributedDataParallel lies inside the model: wrap the whole model, or pass it unwrapped'
             )
+
+
+def check_pair(batch: object) -> None:
+    """Raise ValueError for a batch that is not ``(inputs, targets)``, which a loss of two arguments needs."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        got = f'{type(batch).__name__} of {len(batch)}' if isinstance(batch, (tuple, list)) else type(batch).__name__
+        raise ValueError(
+            f'batches must be an iterable of (inputs, targets), got a {got} in it: write [(inputs, targets)] for one '
+            'batch'
+        )
 
 
 def check_parameters(named: Sequence[tuple[str, Tensor]]) -> None:

@@ -13,7 +13,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from composer_sam.diagnostics.checks import Loss, check_count, check_model, check_parameters, checked_loss
+from composer_sam.diagnostics.checks import Loss, check_count, check_model, check_pair, check_parameters, checked_loss
 from composer_sam.diagnostics.samples import on, read, regrouped
 from composer_sam.diagnostics.undisturbed import ModelState, RandomState, exact_kernels
 from composer_sam.engine.placement import Placement
@@ -108,7 +108,7 @@ class Objective:
         randomness = RandomState(self._devices)
         try:
             randomness.fix()  # loaders draw from the global streams
-            self._batches = read(batches, samples, microbatch)
+            self._batches = read(batches, samples, microbatch, None if self._loss is None else check_pair)
         finally:
             randomness.restore()
         self.samples = round(self.over_ranks(sum(size for _, size in self._batches)))

@@ -49,7 +49,12 @@ def _cut(batch: Any, start: int, end: int) -> Any:
     return _mapped(lambda tensor: tensor[start:end] if tensor.dim() else tensor, batch)
 
 
-def read(batches: Iterable[Any], samples: int | None, microbatch: int | None) -> list[tuple[Any, int]]:
+def read(
+    batches: Iterable[Any],
+    samples: int | None,
+    microbatch: int | None,
+    check: Callable[[object], None] | None = None,
+) -> list[tuple[Any, int]]:
     """Return the first ``samples`` samples as batches of at most ``microbatch`` samples, each with its size.
 
     No further batch is read once there are enough samples.
@@ -58,10 +63,13 @@ def read(batches: Iterable[Any], samples: int | None, microbatch: int | None) ->
         batches: batches of samples.
         samples: the largest number of samples; all if None.
         microbatch: the largest number of samples in a returned batch; that of the given batch if None.
+        check: raises ValueError for a batch of the wrong form.
     """
     found: list[tuple[Any, int]] = []
     left = samples
     for batch in batches:
+        if check is not None:
+            check(batch)
         size = _size(batch)
         taken = size if left is None else min(size, left)
         step = microbatch or taken or 1

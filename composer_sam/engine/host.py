@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from composer_sam.engine.closures import Closure
 from composer_sam.engine.controls import Control
 from composer_sam.engine.moment import Moment
+from composer_sam.engine.record import StepRecord
 from composer_sam.engine.rule import Method
 
 __all__ = ['Alone', 'Host']
@@ -46,6 +47,10 @@ class Host(Protocol):
         """Handle the direction in the parameters' ``.grad``; called before the base optimizer steps."""
         ...
 
+    def stepped(self, method: Method, record: StepRecord) -> None:
+        """Log what a step did; called when it has been taken."""
+        ...
+
 
 class Alone:
     """The host of a plain loop: it counts steps, keeps no records, and calls an ordinary closure."""
@@ -69,4 +74,7 @@ class Alone:
         pass
 
     def direction_found(self) -> None:
+        pass
+
+    def stepped(self, method: Method, record: StepRecord) -> None:
         pass

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from composer_sam.vectors import multi_tensor
-from composer_sam.vectors.layout import largest, local, real, several_processes
+from composer_sam.vectors.layout import is_first_rank, largest, local, real
 
-__all__ = ['NonFinite']
+__all__ = ['NonFinite', 'is_known']
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ class NonFinite:
         if self.skips:
             # Detached, because its graph would outlive the step.
             self._loss = loss.detach() if isinstance(loss, Tensor) else loss
-        if not self.skips and _known(loss) and not math.isfinite(loss):
+        if not self.skips and is_known(loss) and not math.isfinite(loss):
             self._report(index, f'the loss is {float(loss)}', 'The base optimizer steps with its gradient')
 
     def found(self, parameters: Sequence[Tensor], index: int) -> bool:
@@ -51,14 +50,14 @@ class NonFinite:
 
     def _report(self, index: int, what: str, then: str) -> None:
         # Only rank 0 reports: what only another rank saw reaches rank 0 in the averaged gradient.
-        if self._reported or (several_processes() and dist.get_rank() != 0):
+        if self._reported or not is_first_rank():
             return
         self._reported = True
         advice = '' if self.skips else "; on_nonfinite='skip' skips such steps"
         log.warning('%s in pass %d of step %d. %s%s. Reported once.', what, index, self.step, then, advice)
 
 
-def _known(loss: Any) -> bool:
+def is_known(loss: Any) -> bool:
     """Return whether the loss is one number in CPU memory."""
     return isinstance(loss, float) or (isinstance(loss, Tensor) and loss.device.type == 'cpu' and loss.numel() == 1)
 

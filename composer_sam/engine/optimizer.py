@@ -6,8 +6,9 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Iterator
-from typing import Any
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,16 @@ from torch.optim import Optimizer
 from composer_sam.engine.closures import makes_state
 from composer_sam.engine.host import Alone, Host
 from composer_sam.engine.rule import Method
+from composer_sam.engine.scaling import refuse_unscaling
 from composer_sam.engine.stepper import Stepper
 from composer_sam.engine.two_calls import TwoCalls
+from composer_sam.vectors.layout import is_first_rank
 
 __all__ = ['SharpnessAwareOptimizer']
+
+log = logging.getLogger(__name__)
+
+Loss = TypeVar('Loss')
 
 
 class SharpnessAwareOptimizer(Stepper, Optimizer):
@@ -58,8 +65,9 @@ class SharpnessAwareOptimizer(Stepper, Optimizer):
 
     Raises:
         TypeError: ``base_optimizer`` is not a torch optimizer, or ``method`` is not a method.
-        ValueError: the optimizer is wrapped already or calls its closure several times per step (LBFGS), a group sets a
-            hyper-parameter out of its range, or ``start``/``end`` need a Trainer.
+        ValueError: the optimizer is wrapped already or calls its closure several times per step (LBFGS), ``model``
+            holds none of its parameters, a group sets a hyper-parameter out of its range, or ``start``/``end`` need a
+            Trainer; in the first step, the loss is scaled by a ``GradScaler`` that was not given as ``grad_scaler``.
 
     Example:
         >>> import torch
@@ -95,6 +103,7 @@ class SharpnessAwareOptimizer(Stepper, Optimizer):
     ):
         # torch.optim.Optimizer.__init__ is not called: groups, state, defaults and hooks are the base optimizer's.
         _check(base_optimizer, method)
+        _check_model(base_optimizer, model)
         super().__init__(base_optimizer, method, model, grad_scaler, Alone() if host is None else host)
         self.host.check(method)
         if grad_scaler is not None and grad_scaler.is_enabled() and method.backwards_create_graph:
@@ -109,6 +118,8 @@ class SharpnessAwareOptimizer(Stepper, Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        if not self.host.steps_by_itself:
+            refuse_unscaling()
         return self.base_optimizer.param_groups
 
     @property
@@ -150,7 +161,15 @@ class SharpnessAwareOptimizer(Stepper, Optimizer):
 
     # The step: by a closure, by a loop over passes, or by two calls.
 
-    def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss | None: ...
+
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, closure: Callable[..., Any] | None = None
+    ) -> Any:
         """Take one step.
 
         Args:
@@ -163,7 +182,8 @@ class SharpnessAwareOptimizer(Stepper, Optimizer):
             ValueError: there is no closure, the closure returns no loss, or a gradient is sparse.
         """
         if closure is None:
-            return self._step_without_closure()
+            self._step_without_closure()
+            return None
         called = self.host.closure(closure)
         self._two_calls.stop_watching()
         first_loss: Any = None
@@ -174,7 +194,7 @@ class SharpnessAwareOptimizer(Stepper, Optimizer):
                 if loss is None:
                     self.skip()
                     return None
-                self._nonfinite.see(loss, index)
+                self.note(loss, index)
                 if index == 0:
                     first_loss = loss.detach() if request.graph and isinstance(loss, Tensor) else loss
         return None if self.skipped else first_loss
@@ -280,4 +300,25 @@ def _check(base_optimizer: Any, method: Any) -> None:
         raise ValueError(
             f'{type(base_optimizer).__name__} evaluates its closure several times per step, at weights that it '
             'chooses, and cannot take a direction from a sharpness-aware method'
+        )
+
+
+def _check_model(base_optimizer: Optimizer, model: nn.Module | None) -> None:
+    """Raise ValueError for a model that holds none of the parameters, and warn of one that holds a part of them."""
+    if model is None:
+        return
+    held = {id(parameter) for parameter in model.parameters()}
+    stepped = [p for group in base_optimizer.param_groups for p in group['params'] if p.requires_grad]
+    missing = [p for p in stepped if id(p) not in held]
+    if missing and len(missing) == len(stepped):
+        raise ValueError(
+            f'model must be the module that is trained, got a {type(model).__name__} that holds none of the '
+            f"optimizer's {len(stepped)} parameters"
+        )
+    if missing and is_first_rank():
+        log.warning(
+            "The model holds %d of the optimizer's %d parameters. Modules outside of it (BatchNorm) count every pass "
+            'of a step: pass the module that holds all of them.',
+            len(stepped) - len(missing),
+            len(stepped),
         )

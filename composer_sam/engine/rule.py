@@ -81,6 +81,7 @@ class Method(ABC):
     """A method as the optimizer sees it: a rule, the steps it perturbs, and its policy for non-finite numbers.
 
     Attributes:
+        interval: every how many steps one is perturbed.
         parameters: which parameters are perturbed; None for all.
         on_nonfinite: the policy for a loss or a gradient that is not finite.
         takes_every_step: whether steps that are not perturbed also go through :meth:`direction`. Otherwise the base
@@ -94,6 +95,7 @@ class Method(ABC):
     sync_first_pass: bool
     on_nonfinite: OnNonfinite
     takes_every_step: ClassVar[bool] = False
+    interval: int
 
     @property
     def backwards_create_graph(self) -> bool:
@@ -121,6 +123,14 @@ class Method(ABC):
         Args:
             moment: the time of the step.
             groups: for each parameter group, its own values and its number of trainable parameters.
+        """
+
+    @abstractmethod
+    def logged(self, rule: Rule) -> dict[str, float]:
+        """Return the numbers to log of a step, by name: the radii, and what follows a schedule.
+
+        Args:
+            rule: what :meth:`resolved` returned for the step.
         """
 
     @abstractmethod

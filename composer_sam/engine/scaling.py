@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -9,7 +12,48 @@ from torch.optim import Optimizer
 
 from composer_sam.vectors.layout import largest
 
-__all__ = ['finite', 'unscale']
+__all__ = ['finite', 'refuse_scaled_losses', 'refuse_unscaling', 'unscale']
+
+
+_GIVE_IT = (
+    'give the scaler to the optimizer, SharpnessAwareOptimizer(base, method, model, grad_scaler=scaler), which '
+    'unscales the gradient of every pass; call scaler.update() after the step, and neither scaler.unscale_ nor '
+    'scaler.step'
+)
+
+
+def refuse_unscaling() -> None:
+    """Raise ValueError where a GradScaler asks the wrapper for its parameters, to unscale their gradients itself.
+
+    It does so in ``scaler.unscale_(optimizer)`` and ``scaler.step(optimizer, closure)``, before anything is stepped.
+    """
+    # The caller of the property that calls this; a frame's name costs nothing next to a step.
+    if sys._getframe(2).f_code.co_name == '_unscale_grads_':  # pyright: ignore[reportPrivateUsage]
+        raise ValueError(f'a GradScaler cannot unscale an optimizer whose step has several passes: {_GIVE_IT}')
+
+
+@contextlib.contextmanager
+def refuse_scaled_losses() -> Generator[None]:
+    """Raise ValueError where a loss is scaled inside: the optimizer has no scaler that could undo it.
+
+    Nobody can see at a gradient that it is scaled, so ``GradScaler.scale`` is replaced for as long as this lasts, which
+    is the first step only.
+    """
+    original = torch.amp.GradScaler.scale
+
+    def refusing(self: torch.amp.GradScaler, outputs: Any) -> Any:
+        if self.is_enabled():
+            raise ValueError(
+                f'the loss is scaled by a GradScaler that the optimizer does not know: {_GIVE_IT}. If it is the loss '
+                'of another optimizer, say so with grad_scaler=torch.amp.GradScaler(enabled=False)'
+            )
+        return original(self, outputs)  # pyright: ignore[reportUnknownVariableType]
+
+    torch.amp.GradScaler.scale = refusing
+    try:
+        yield
+    finally:
+        torch.amp.GradScaler.scale = original
 
 
 def unscale(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from composer_sam.engine.selection import Selection, names_of, select
 from composer_sam.engine.wrappers import group_of, replicas
-from composer_sam.vectors import Layout, Number, Vector, add, restrict, to_radius
+from composer_sam.vectors import Layout, Number, Vector, add, norm, restrict, to_radius
 from composer_sam.vectors.layout import average, real
 
 __all__ = ['MEMORY_PREFIX', 'Step']
@@ -34,6 +34,7 @@ class Step:
     Attributes:
         number (int): number of steps taken before.
         staged (dict[str, Vector]): the method's memory from the next step on, one vector per name.
+        gradient_norm (Tensor | None): the norm of the vector that the first radius was measured along, for the log.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Step:
         self.layout = layout
         self.number = number
         self.staged: dict[str, Vector] = {}
+        self.gradient_norm: Tensor | None = None
         self.model = model
         self.state = state
         self._selected = None if selection is None else select(selection, layout.parameters, model)
@@ -68,7 +70,13 @@ class Step:
 
         The other parameters stay at w; they and their gradients do not count in the radius.
         """
-        return to_radius(self.selected(x), rho, epsilon, metric)
+        chosen = self.selected(x)
+        if metric is not None:
+            return to_radius(chosen, rho, epsilon, metric)
+        length = norm(chosen)
+        if self.gradient_norm is None:
+            self.gradient_norm = length
+        return to_radius(chosen, rho, epsilon, length=length)
 
     def selected(self, x: Vector) -> Vector:
         """Return ``x`` on the parameters that may be perturbed."""

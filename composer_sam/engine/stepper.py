@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -14,15 +15,20 @@ from composer_sam.engine.closures import Closure
 from composer_sam.engine.controls import AttributeControl, BufferControl, Control, RandomControl
 from composer_sam.engine.host import Host
 from composer_sam.engine.moment import Moment
-from composer_sam.engine.nonfinite import NonFinite
+from composer_sam.engine.nonfinite import NonFinite, is_known
+from composer_sam.engine.record import StepRecord
 from composer_sam.engine.rule import PLAIN, Method, Observer, Pass, PlainRule, Rule
-from composer_sam.engine.scaling import unscale
+from composer_sam.engine.scaling import refuse_scaled_losses, unscale
+from composer_sam.engine.stalled import Stalled
 from composer_sam.engine.step import Step
 from composer_sam.engine.transaction import Transaction
 from composer_sam.engine.wrappers import layout_of, replicas
 from composer_sam.vectors import Layout
+from composer_sam.vectors.layout import is_first_rank
 
 __all__ = ['Stepper']
+
+log = logging.getLogger(__name__)
 
 
 class Stepper:
@@ -51,6 +57,9 @@ class Stepper:
         self._transaction: Transaction | None = None
         self._layout: tuple[tuple[int, ...], Layout] | None = None
         self._nonfinite = NonFinite(method.on_nonfinite)
+        self._stalled = Stalled(method)
+        self._losses: list[Any] = []
+        self._told = False
 
     @property
     def pass_index(self) -> int:
@@ -86,9 +95,12 @@ class Stepper:
         perturbs = self.method.perturbs(moment)
         through_method = perturbs or self.method.takes_every_step
         if not through_method and not self._nonfinite.skips:
-            yield PLAIN
-            self._finish_plain()
+            with self._unscaled():
+                yield PLAIN
+            self._finish_plain(moment)
             return
+        if perturbs:
+            self._check_model_given()
         rule = self.resolved(moment) if through_method else PlainRule()
         step = Step(self._current_layout(), self.base_optimizer.state, self.model, moment.batch, rule.parameters)
         with Transaction(rule, step) as transaction:
@@ -97,7 +109,7 @@ class Stepper:
             self._transaction = transaction
             try:
                 for request in transaction.passes():
-                    with self._unsynchronised(request, closure):
+                    with self._unscaled(), self._unsynchronised(request, closure):
                         yield request
                     if self._overflowed() or self._is_nonfinite(transaction, closure):
                         self.skip()
@@ -109,8 +121,23 @@ class Stepper:
                     return
                 self._finish(transaction)
                 self.steps_perturbed += perturbs
+                done = rule if perturbs else None
+                self._tell(StepRecord(moment, done, tuple(self._losses), step.gradient_norm))
             finally:
                 self._transaction = None
+
+    def note(self, loss: Any, index: int) -> None:
+        """Note the loss of a pass.
+
+        Args:
+            loss: as the closure returned it.
+            index: the number of the pass, from 0.
+        """
+        if index == 0:
+            self._losses.clear()
+        # Without its graph, which would outlive the step.
+        self._losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
+        self._nonfinite.see(loss, index)
 
     def skip(self) -> None:
         """End the current step without an update."""
@@ -128,13 +155,20 @@ class Stepper:
         ]
         return self.method.resolved(moment, groups)
 
-    def _finish_plain(self) -> None:
+    def _finish_plain(self, moment: Moment) -> None:
         """Let the base optimizer take its own step."""
         if self._overflowed():
             self.skip()
             return
         self.base_optimizer.step()
         self._count_step()
+        self._tell(StepRecord(moment, None, tuple(self._losses), None))
+
+    def _tell(self, record: StepRecord) -> None:
+        """Report the step that was taken to the host, and give a hint where the losses do not move."""
+        self.host.stepped(self.method, record)
+        if record.rule is not None and record.losses and is_known(record.losses[0]):
+            self._stalled.see(float(record.losses[0]))
 
     def _finish(self, transaction: Transaction) -> None:
         """Let the base optimizer step with the direction that is in the parameters' ``.grad``."""
@@ -148,6 +182,20 @@ class Stepper:
     def _count_step(self) -> None:
         self.steps_taken += 1
         self._opt_called = True  # torch's LR schedulers check it, but wrap only ``step``
+
+    def _unscaled(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context that refuses losses scaled for fp16, in the first step without a scaler."""
+        first = self.steps_taken == 0 and self.grad_scaler is None and not self.host.steps_by_itself
+        return refuse_scaled_losses() if first else contextlib.nullcontext()
+
+    def _check_model_given(self) -> None:
+        """Say once in the log what a step without a model cannot do."""
+        if self.model is None and not self._told and self.method.passes > 1 and is_first_rank():
+            log.warning(
+                'The optimizer was made without the model, so modules with buffers (BatchNorm) count every pass of a '
+                'step. Write SharpnessAwareOptimizer(base_optimizer, method, model). Reported once.'
+            )
+        self._told = True
 
     def _unsynchronised(self, request: Pass, closure: Closure | None) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which a pass's gradient is not averaged over ranks, if the pass asks for that."""

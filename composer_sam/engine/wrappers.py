@@ -33,6 +33,7 @@ __all__ = [
     'fsdp1_flattened',
     'fsdp1_unsharded',
     'group_of',
+    'is_fsdp',
     'layout_of',
     'must_synchronise',
     'own_memory',
@@ -70,10 +71,15 @@ def must_synchronise(model: nn.Module | None) -> bool:
 
 def always_synchronises(model: nn.Module | None) -> bool:
     """Return whether gradients are always averaged over ranks, because the model is sharded over several ranks."""
-    fsdp = _fsdp()
-    if model is None or fsdp is None or not several_processes() or dist.get_world_size() == 1:
+    if model is None or not several_processes() or dist.get_world_size() == 1:
         return False
-    return any(isinstance(module, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)) for module in model.modules())
+    return any(is_fsdp(module) for module in model.modules())
+
+
+def is_fsdp(module: nn.Module) -> bool:
+    """Return whether FSDP1 or FSDP2 has wrapped the module."""
+    fsdp = _fsdp()
+    return fsdp is not None and isinstance(module, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule))
 
 
 def fsdp1_flattened(parameter: Tensor) -> bool:

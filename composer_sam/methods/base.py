@@ -8,17 +8,21 @@ import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from composer_sam.engine.counting import count
 from composer_sam.engine.moment import Moment
-from composer_sam.engine.rule import Method, OnNonfinite, Passes
+from composer_sam.engine.rule import Method, OnNonfinite, Passes, Rule
 from composer_sam.engine.selection import Selection, check_selection
 from composer_sam.engine.step import Step
+from composer_sam.methods.classic import OfInit, check_not_classic
 from composer_sam.methods.composer_protocol import ComposerAlgorithm
 from composer_sam.methods.hyperparameters import check_field, choice, numeric, per_parameter
 from composer_sam.methods.window import Schedules, TimeLike, Window, check_schedules, check_schedules_alone, factor_of
-from composer_sam.vectors import each
+from composer_sam.vectors import PerParameter, each
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ['SharpnessAware']
 
@@ -72,6 +76,26 @@ class SharpnessAware(Method, ComposerAlgorithm):
         """The number of forward-backward passes of a perturbed step, counted on the rule itself."""
         return count(self).passes
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if '__repr__' not in vars(cls):
+            cls.__repr__ = SharpnessAware.__repr__  # before the dataclass makes one that shows every default
+
+    # What a method is made with is what its dataclass says, whatever ``__new__`` looks like.
+    __signature__ = OfInit()
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        check_not_classic(cls, args, options)
+        return super().__new__(cls)
+
+    def __repr__(self) -> str:
+        shown = (
+            f'{field.name}={getattr(self, field.name)!r}'
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        )
+        return f'{type(self).__name__}({", ".join(shown)})'
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             check_field(field, getattr(self, field.name))
@@ -99,6 +123,12 @@ class SharpnessAware(Method, ComposerAlgorithm):
         for name, value in own.items():
             setattr(method, name, value)
         return method
+
+    def logged(self, rule: Rule) -> dict[str, float]:
+        names = [name for name in numeric(type(self)) if name.endswith('rho') or name in (self.schedules or {})]
+        values = {name: getattr(rule, name) for name in names}
+        # Of groups that differ the largest.
+        return {name: float(max(v) if isinstance(v, PerParameter) else v) for name, v in values.items()}
 
     def check_alone(self) -> None:
         check_schedules_alone(self.schedules or {})

@@ -242,23 +242,29 @@ def restrict(x: Vector, where: Iterable[int]) -> Vector:
     return Vector([value for value, _ in pairs], [place for _, place in pairs], x.layout, x.donated)
 
 
-def to_radius(x: Vector, rho: Number, epsilon: Number = 1e-12, metric: Vector | None = None) -> Vector:
+def to_radius(
+    x: Vector,
+    rho: Number,
+    epsilon: Number = 1e-12,
+    metric: Vector | None = None,
+    length: Tensor | None = None,
+) -> Vector:
     r"""Return the vector along ``x`` of length ``rho``: the ascent step of the first-order methods.
 
     .. math:: e = \rho \, \frac{T^2 x}{\lVert T x \rVert + \epsilon}
 
     with the elementwise ``metric`` T, by default 1; a sign in T has no effect. The zero vector stays zero, also for
     ``epsilon=0``. If groups set their own ``rho``, the norm is still taken over all parameters. In place if ``x`` is
-    donated.
+    donated. ``length`` is the norm of T x, if it is known.
     """
     if metric is not None:
         x = multiply(x, metric).donate()  # nothing else uses the product
-    length = norm(x)
+    of = norm(x) if length is None else length
     if metric is not None:
         x = multiply(x, metric).donate()
 
     def factor(radius: float, eps: float) -> Tensor:
-        return torch.where(length == 0, torch.zeros_like(length), radius / (length + eps))
+        return torch.where(of == 0, torch.zeros_like(of), radius / (of + eps))
 
     found = each(factor, rho, epsilon)
     number = _number(found)

@@ -15,7 +15,18 @@ from composer_sam.vectors.multi_tensor import copy_, split
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ['Groups', 'Layout', 'average', 'is_dtensor', 'largest', 'local', 'real', 'several_processes', 'shaped_like']
+__all__ = [
+    'Groups',
+    'Layout',
+    'average',
+    'is_dtensor',
+    'is_first_rank',
+    'largest',
+    'local',
+    'real',
+    'several_processes',
+    'shaped_like',
+]
 
 # The process groups over which one parameter is sharded; empty if every rank holds all of it.
 Groups: TypeAlias = tuple[dist.ProcessGroup, ...]
@@ -118,6 +129,11 @@ def shaped_like(parameter: Tensor, value: Tensor) -> Tensor:
 def several_processes() -> bool:
     """Return whether there is a process group; it may have only one rank."""
     return dist.is_available() and dist.is_initialized()
+
+
+def is_first_rank() -> bool:
+    """Return whether this process is the one that reports to the user."""
+    return not several_processes() or dist.get_rank() == 0
 
 
 def largest(flag: Tensor) -> Tensor:

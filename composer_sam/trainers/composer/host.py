@@ -15,6 +15,7 @@ from composer.optim import ComposerScheduler
 from composer_sam.engine.closures import Closure
 from composer_sam.engine.controls import Control
 from composer_sam.engine.moment import Moment
+from composer_sam.engine.record import StepRecord
 from composer_sam.engine.rule import Method
 from composer_sam.trainers.composer.closure import ComposerClosure
 from composer_sam.trainers.composer.records import RecordsControl
@@ -78,6 +79,21 @@ class ComposerHost:
         for algorithm in self._state.algorithms:
             if isinstance(algorithm, GradientClipping):
                 algorithm.apply(Event.AFTER_TRAIN_BATCH, self._state, self._logger)
+
+    def stepped(self, method: Method, record: StepRecord) -> None:
+        """Log what the step did, under the method's name; a step of the base optimizer logs its phase only."""
+        if not self._logger.destinations:
+            return
+        phase = (record.moment.batch + 1) % method.interval
+        found: dict[str, float] = {'perturbed': float(record.rule is not None), 'interval_phase': phase}
+        if record.rule is not None:
+            found |= method.logged(record.rule)
+            if record.gradient_norm is not None:
+                found['gradient_norm'] = record.gradient_norm.item()
+            if len(record.losses) > 1:
+                found['perturbed_loss'] = float(record.losses[-1])
+        name = type(method).__name__.lower()
+        self._logger.log_metrics({f'{name}/{key}': value for key, value in found.items()})
 
     def passes_done(self) -> None:
         """Report the memory once for all passes, if the trainer has a MemoryMonitor."""
