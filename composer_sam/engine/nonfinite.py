@@ -35,9 +35,8 @@ class NonFinite:
     def see(self, loss: Any, index: int) -> None:
         """Note the loss of a pass; report it if it is not finite and the check needs no wait for the device."""
         if self.skips:
-            # Detached, because its graph would outlive the step.
-            self._loss = loss.detach() if isinstance(loss, Tensor) else loss
-        if not self.skips and is_known(loss) and not math.isfinite(loss):
+            self._loss = loss
+        elif is_known(loss) and not math.isfinite(loss):
             self._report(index, f'the loss is {float(loss)}', 'The base optimizer steps with its gradient')
 
     def found(self, parameters: Sequence[Tensor], index: int) -> bool:

@@ -135,9 +135,9 @@ class Stepper:
         """
         if index == 0:
             self._losses.clear()
-        # Without its graph, which would outlive the step.
-        self._losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
-        self._nonfinite.see(loss, index)
+        value = loss.detach() if isinstance(loss, Tensor) else loss  # its graph would outlive the step
+        self._losses.append(value)
+        self._nonfinite.see(value, index)
 
     def skip(self) -> None:
         """End the current step without an update."""
