@@ -42,7 +42,7 @@ class _Line(nn.Module):
     """One weight and one bias. nn.Linear would draw random numbers, and on the meta device import half of torch."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self.weight = nn.Parameter(torch.ones(1, 1))
         self.bias = nn.Parameter(torch.ones(1))
 

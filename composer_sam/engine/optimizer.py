@@ -126,6 +126,16 @@ class SharpnessAwareOptimizer(Stepper, Optimizer):
     def state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.base_optimizer.state
 
+    @param_groups.setter
+    def param_groups(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self, groups: list[dict[str, Any]]
+    ) -> None:
+        self.base_optimizer.param_groups = groups
+
+    @state.setter
+    def state(self, state: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.base_optimizer.state = state
+
     @property
     def defaults(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.base_optimizer.defaults

@@ -55,7 +55,7 @@ class Stepper:
         self.skipped = False
         self.observer: Observer | None = None
         self._transaction: Transaction | None = None
-        self._layout: tuple[tuple[int, ...], Layout] | None = None
+        self._layout: tuple[tuple[object, ...], Layout] | None = None
         self._nonfinite = NonFinite(method.on_nonfinite)
         self._stalled = Stalled(method)
         self._losses: list[Any] = []
@@ -103,7 +103,7 @@ class Stepper:
             self._check_model_given()
         rule = self.resolved(moment) if through_method else PlainRule()
         step = Step(self._current_layout(), self.base_optimizer.state, self.model, moment.batch, rule.parameters)
-        with Transaction(rule, step) as transaction:
+        with Transaction(rule, step, maximised=self._maximised()) as transaction:
             transaction.guard(controls or self.controls(closure))
             transaction.observer = self.observer if perturbs else None
             self._transaction = transaction
@@ -214,10 +214,18 @@ class Stepper:
             return False
         return self._nonfinite.found(transaction.layout.parameters, transaction.index)
 
+    def _maximised(self) -> frozenset[int]:
+        """Return the places of the trainable parameters in groups with ``maximize=True``."""
+        groups = self.base_optimizer.param_groups
+        if not any(group.get('maximize') for group in groups):
+            return frozenset()
+        kept = [bool(group.get('maximize')) for group in groups for p in group['params'] if p.requires_grad]
+        return frozenset(place for place, maximised in enumerate(kept) if maximised)
+
     def _current_layout(self) -> Layout:
         """Return the layout, made again after parameters were added, frozen or replaced, or the model was replaced."""
         parameters = self.trainable()
-        key = (id(self.model), *map(id, parameters))
+        key = (id(self.model), *((id(p), p.dtype) for p in parameters))
         if self._layout is None or self._layout[0] != key:
             self._layout = (key, layout_of(parameters, self.model))
         return self._layout[1]

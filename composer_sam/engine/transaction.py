@@ -38,18 +38,21 @@ class Transaction:
         rule: the update rule, with its hyper-parameters as they are at this step.
         step: the step as the rule sees it.
         exchange: see :class:`~composer_sam.engine.placement.Placement`.
+        maximised: places of the parameters in groups with ``maximize=True``. A rule is sent, and returns, gradients of
+            what is minimised: those of these parameters are negated on the way in and on the way out.
 
     Attributes:
         index (int): number of the current pass, from 0; -1 before the first.
         observer: called with the plain gradient and the direction, once both are known.
     """
 
-    def __init__(self, rule: Rule, step: Step, exchange: bool = True):
+    def __init__(self, rule: Rule, step: Step, exchange: bool = True, maximised: frozenset[int] = frozenset()):
         self.index = -1
         self.observer: Observer | None = None
         self.layout = step.layout
         self._step = step
         self._placement = Placement(step.layout, exchange)
+        self._maximised = maximised
         self._controls: Sequence[Control] = ()
         self._rule = rule.direction(step)
         self._gradient: Vector | None = None
@@ -98,7 +101,7 @@ class Transaction:
     @torch.no_grad()
     def write_direction(self) -> None:
         """Put the direction into the parameters' ``.grad`` for the base optimizer."""
-        for parameter, value in self._entries(self._found().gradients):
+        for parameter, value in self._entries(self._signed(self._found().gradients)):
             parameter.grad = value
 
     @torch.no_grad()
@@ -199,7 +202,14 @@ class Transaction:
         if several_processes():
             values = [own_memory(v, self.layout.parameters[place]) for v, place in zip(values, where, strict=True)]
         self._check_memory(values, where)
-        return Vector(values, where, self.layout)
+        return self._signed(Vector(values, where, self.layout))
+
+    def _signed(self, x: Vector) -> Vector:
+        """Return the vector with the entries of maximised parameters negated."""
+        if not self._maximised:
+            return x
+        pairs = zip(x.values, x.where, strict=True)
+        return x.like([-value if place in self._maximised else value for value, place in pairs])
 
     @torch.no_grad()
     def _kept(self, gradient: Vector, synchronised: bool) -> Vector:
