@@ -52,7 +52,8 @@ from benchmarks.optimizer_variants import (
 )
 from benchmarks.report import Report, Table
 from benchmarks.workloads import BASES, gradient_closure
-from composer_sam.engine.controls import AttributeControl, BufferControl, RandomControl
+from composer_sam.engine.attributes import AttributeControl
+from composer_sam.engine.controls import BufferControl, RandomControl
 from composer_sam.engine.placement import Placement
 from composer_sam.engine.transaction import Transaction
 

@@ -10,7 +10,8 @@ left it; after a failure, it is as if the step had never begun.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol, TypeAlias
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,6 @@ from composer_sam.engine.wrappers import broadcast_buffers, replicas
 from composer_sam.vectors import multi_tensor
 
 __all__ = [
-    'AttributeControl',
     'BufferControl',
     'Control',
     'RandomControl',
@@ -76,26 +76,31 @@ class RandomControl:
         self._streams.write(self._before)
 
 
-# The tensor registered in each slot; and for every device and data type its buffers and one copy of their contents.
-_Contents: TypeAlias = tuple[list[Tensor | None], list[tuple[list[Tensor], Tensor]]]
+@dataclass(frozen=True)
+class _Contents:
+    """What all buffers are and contain at one moment.
+
+    Attributes:
+        registered: for every module the tensors registered in it, by name.
+        flat: for every device and data type its tensors, their shapes, and one copy of all contents.
+        single: tensors that cannot be flattened, each with its module's buffers, its name and a copy.
+    """
+
+    registered: list[dict[str, Tensor | None]]
+    flat: list[tuple[list[Tensor], list[torch.Size], Tensor]]
+    single: list[tuple[dict[str, Tensor | None], str, Tensor]]
 
 
 class BufferControl:
     """The control of all buffers of a module: BatchNorm statistics, counters, spectral norms and any other.
 
     It puts back both which tensor is registered and what the tensor contains, because modules change buffers in both
-    ways. DistributedDataParallel broadcasts rank 0's buffers at the first forward after a synchronised backward. This
-    class does it before the first pass, so that all passes begin with the same buffers.
+    ways, and register new ones. DistributedDataParallel broadcasts rank 0's buffers at the first forward after a
+    synchronised backward. This class does it before the first pass, so that all passes begin with the same buffers.
     """
 
     def __init__(self, model: nn.Module):
-        self._slots = [
-            (buffers, name)
-            for module in model.modules()
-            for buffers in [module._buffers]  # pyright: ignore[reportPrivateUsage]
-            for name, buffer in buffers.items()
-            if buffer is not None
-        ]
+        self._modules = [module._buffers for module in model.modules()]  # pyright: ignore[reportPrivateUsage]
         self._found = self._before = self._read()
         self._after: _Contents | None = None
         self._ddp = replicas(model)
@@ -128,66 +133,40 @@ class BufferControl:
 
     @torch.no_grad()
     def _read(self) -> _Contents:
-        registered = [buffers[name] for buffers, name in self._slots]
+        registered = [dict(buffers) for buffers in self._modules]
+        single: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
         kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for buffer in registered:
-            if buffer is not None:
-                kinds.setdefault((buffer.device, buffer.dtype), []).append(buffer)
+        for buffers in self._modules:
+            for name, buffer in buffers.items():
+                if buffer is not None and _flattens(buffer):
+                    kinds.setdefault((buffer.device, buffer.dtype), []).append(buffer)
+                elif buffer is not None:
+                    single.append((buffers, name, buffer.clone()))
         # One copy per kind, because many small copies are slow.
-        copies = [(members, torch.cat([buffer.reshape(-1) for buffer in members])) for members in kinds.values()]
-        return registered, copies
+        flat = [
+            (members, [m.shape for m in members], torch.cat([m.reshape(-1) for m in members]))
+            for members in kinds.values()
+        ]
+        return _Contents(registered, flat, single)
 
     @torch.no_grad()
     def _write(self, contents: _Contents) -> None:
-        registered, copies = contents
-        for (buffers, name), buffer in zip(self._slots, registered, strict=True):
-            buffers[name] = buffer
-        for members, together in copies:
-            parts = multi_tensor.split(together, [m.numel() for m in members])
-            multi_tensor.copy_(members, [part.view(m.shape) for part, m in zip(parts, members, strict=True)])
+        for buffers, registered in zip(self._modules, contents.registered, strict=True):
+            if buffers or registered:
+                buffers.clear()
+                buffers.update(registered)
+        for members, shapes, together in contents.flat:
+            for member, shape in zip(members, shapes, strict=True):
+                if member.shape != shape:  # observers of quantisation resize their buffers in place
+                    member.resize_(shape)
+            parts = multi_tensor.split(together, [shape.numel() for shape in shapes])
+            multi_tensor.copy_(members, [part.view(shape) for part, shape in zip(parts, shapes, strict=True)])
+        for buffers, name, copy in contents.single:
+            # A copy of the copy, which the next pass may change in place.
+            buffers[name] = copy.clone()
 
 
-class AttributeControl:
-    """The control of plain attributes that modules set in their forward: counters, masks, hidden states.
-
-    It covers modules whose ``forward`` is not torch's own, and their attributes that are numbers, strings, None or
-    tensors. It does not notice a tensor changed in place, nor changes inside lists and dictionaries.
-    """
-
-    _KINDS = (bool, int, float, str, type(None), Tensor)
-
-    def __init__(self, model: nn.Module):
-        self._modules = [
-            vars(module) for module in model.modules() if not type(module).forward.__module__.startswith('torch.')
-        ]
-        self._before = [
-            {name: value for name, value in attributes.items() if isinstance(value, self._KINDS)}
-            for attributes in self._modules
-        ]
-        # For every module that changed in the first pass: its attributes, their values before and their values after.
-        self._changed: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
-
-    def first_pass_done(self) -> None:
-        for attributes, before in zip(self._modules, self._before, strict=True):
-            after = {
-                name: new
-                for name, old in before.items()
-                if (new := attributes.get(name, old)) is not old and isinstance(new, self._KINDS)
-            }
-            if after:
-                self._changed.append((attributes, {name: before[name] for name in after}, after))
-
-    def rewind(self) -> None:
-        for attributes, before, _ in self._changed:
-            attributes.update(before)
-
-    def settle(self) -> None:
-        for attributes, _, after in self._changed:
-            attributes.update(after)
-
-    def discard(self) -> None:
-        self.rewind()
-
-    def rollback(self) -> None:
-        for attributes, before in zip(self._modules, self._before, strict=True):
-            attributes.update(before)
+def _flattens(buffer: Tensor) -> bool:
+    """Return whether the buffer's contents can be copied into, and back from, one long tensor."""
+    special = buffer.layout != torch.strided or buffer.is_quantized or buffer.is_nested or buffer.is_inference()
+    return type(buffer) is Tensor and not special and 0 not in buffer.stride()

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from composer_sam.engine.attributes import AttributeControl
 from composer_sam.engine.closures import Closure
-from composer_sam.engine.controls import AttributeControl, BufferControl, Control, RandomControl
+from composer_sam.engine.controls import BufferControl, Control, RandomControl
 from composer_sam.engine.host import Host
 from composer_sam.engine.moment import Moment
 from composer_sam.engine.nonfinite import NonFinite, is_known

@@ -151,6 +151,8 @@ def test_start_and_end_bound_the_perturbed_steps(name: str) -> None:
 
 @pytest.mark.parametrize('name', METHODS)
 def test_frozen_parameters_and_parameters_without_gradient(name: str) -> None:
+    calls: list[int] = []
+
     class Branches(nn.Module):
         """A parameter that takes part in the first pass only, one in later passes only, one never, one frozen."""
 
@@ -159,11 +161,10 @@ def test_frozen_parameters_and_parameters_without_gradient(name: str) -> None:
             torch.manual_seed(0)
             self.trunk, self.first, self.later, self.never, self.frozen = (nn.Linear(4, 4) for _ in range(5))
             self.frozen.requires_grad_(False)
-            self.calls: list[int] = []  # not put back between passes, as a number would be
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.calls.append(1)
-            branch = self.first if len(self.calls) == 1 else self.later
+            calls.append(1)  # outside of the module, where nothing is put back between passes
+            branch = self.first if len(calls) == 1 else self.later
             return self.frozen(branch(torch.tanh(self.trunk(x))))
 
     model = Branches()

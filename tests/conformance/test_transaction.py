@@ -228,6 +228,13 @@ def test_no_pass_outlives_its_step(name: str, policy: OnNonfinite) -> None:
     assert [mark() for mark in _Marked.marks] == [None] * len(_Marked.marks)
 
 
+class _Notes:
+    """What forwards have seen; of a class of its own, so that it is not put back between passes."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+
+
 class _Counting(nn.Module):
     """Counts its forwards, carries a hidden state and picks a mask every third forward, in plain attributes."""
 
@@ -236,13 +243,13 @@ class _Counting(nn.Module):
         self.forwards = 0
         self.hidden = torch.zeros(9)
         self.mask = torch.empty(0)
-        self.seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self.notes = _Notes()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.forwards % 3 == 0:
             self.mask = torch.rand(9)
         self.forwards += 1
-        self.seen.append((self.forwards, self.hidden, self.mask))
+        self.notes.seen.append((self.forwards, self.hidden, self.mask))
         out = x * self.mask + self.hidden
         self.hidden = out.detach().mean(0)
         return out
@@ -258,7 +265,7 @@ def test_attributes_modules_keep_of_their_forwards_are_put_back(name: str, fault
     optimizer = SharpnessAwareOptimizer(BASES['SGD'](model.parameters()), registry[name](), model)
     optimizer.step(Closure(model, batches(1)[0], graph=needs_graph(name)))
     before = (counting.forwards, counting.hidden, counting.mask)
-    counting.seen.clear()
+    counting.notes.seen.clear()
     error = RuntimeError('injected') if fault else None
     closure = Closure(model, batches(2)[1], error, optimizer.method.passes, graph=needs_graph(name))
     if fault:
@@ -267,8 +274,8 @@ def test_attributes_modules_keep_of_their_forwards_are_put_back(name: str, fault
         assert (counting.forwards, counting.hidden, counting.mask) == before
         return
     optimizer.step(closure)
-    assert len(counting.seen) == optimizer.method.passes
-    assert all(same(counting.seen[0], seen) for seen in counting.seen)
+    assert len(counting.notes.seen) == optimizer.method.passes
+    assert all(same(counting.notes.seen[0], seen) for seen in counting.notes.seen)
     assert counting.forwards == 2
     with torch.no_grad():
         assert counting.hidden is not before[1] and counting.mask is before[2]

@@ -124,6 +124,7 @@ def test_losses_that_are_not_finite_are_kept() -> None:
 
 
 def test_a_composer_model_is_measured_by_its_own_loss() -> None:
+    pytest.importorskip('composer')
     from composer.models import ComposerClassifier
 
     model, batches = network(), data()

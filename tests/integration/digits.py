@@ -63,17 +63,24 @@ class Digits(Dataset):
         return image, self.labels[index]
 
 
+class Notes:
+    """Masks that were seen; of a class of its own, because lists in attributes are put back between passes."""
+
+    def __init__(self) -> None:
+        self.masks: list[Tensor] = []
+
+
 class MaskedDropout(nn.Dropout):
     """Dropout that remembers the mask of every forward in training."""
 
     def __init__(self, p: float):
         super().__init__(p)
-        self.masks: list[Tensor] = []
+        self.notes = Notes()
 
     def forward(self, input: Tensor) -> Tensor:
         mask = super().forward(torch.ones_like(input))
         if self.training:
-            self.masks.append(mask.detach().clone())
+            self.notes.masks.append(mask.detach().clone())
         return input * mask
 
 

@@ -190,10 +190,10 @@ def test_every_pass_has_the_same_dropout_masks_and_mixed_inputs(name: str, micro
         assert len(further) == method.passes - 1
         assert all(same(first, other) for other in further)
         assert not same(first[0], drawn[0][: len(first[0])]), 'nothing was mixed'
-        own = dropout.masks[step * method.passes * pieces : (step + 1) * method.passes * pieces]
+        own = dropout.notes.masks[step * method.passes * pieces : (step + 1) * method.passes * pieces]
         assert all(same(own[:pieces], own[k * pieces : (k + 1) * pieces]) for k in range(method.passes))
-    assert len(dropout.masks) == BATCHES * method.passes * pieces
-    assert not torch.equal(dropout.masks[0], dropout.masks[method.passes * pieces])
+    assert len(dropout.notes.masks) == BATCHES * method.passes * pieces
+    assert not torch.equal(dropout.notes.masks[0], dropout.notes.masks[method.passes * pieces])
 
 
 @every_method

@@ -77,6 +77,7 @@ def test_unknown_hyperparameters_are_an_error() -> None:
 
 
 def test_windows_follow_the_trainers_time() -> None:
+    pytest.importorskip('composer')
     from composer.core import State, Time, Timestamp
 
     from composer_sam.trainers.composer.host import ComposerMoment

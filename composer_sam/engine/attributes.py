@@ -1,0 +1,148 @@
+"""The control of what modules keep of their forwards in plain attributes: counters, masks, hidden states, caches."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias, cast
+
+from torch import Tensor, nn
+
+__all__ = ['AttributeControl']
+
+log = logging.getLogger(__name__)
+
+# A value, and for a container its contents, each saved likewise.
+_Saved: TypeAlias = tuple[Any, Any]
+
+_OWN = frozenset(vars(nn.Module()))  # torch's own attributes of every module
+_DEEPEST = 6  # containers within containers are followed so far
+_told: set[tuple[str, str]] = set()
+
+
+class AttributeControl:
+    """The control of plain attributes that modules set in their forward.
+
+    It covers modules whose ``forward`` is not torch's own, attributes of every kind, and the contents of lists, tuples,
+    dictionaries and dataclasses in them; attributes that the first pass creates are taken away before the next. What is
+    changed inside another object cannot be seen. A tensor that the first pass changes in place cannot be put back: that
+    is said once, with the attribute's name.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._modules = [(type(m).__name__, vars(m)) for m in model.modules() if not _is_torchs(m)]
+        self._before = [self._read(attributes) for _, attributes in self._modules]
+        self._versions = [
+            (kind, name, tensor, tensor._version)
+            for (kind, _), saved in zip(self._modules, self._before, strict=True)
+            for name, value in saved.items()
+            for tensor in _tensors(value)
+        ]
+        # For every module that the first pass changed: its attributes, all of them before, and all of them after.
+        self._changed: list[tuple[dict[str, Any], dict[str, _Saved], dict[str, _Saved]]] = []
+
+    def first_pass_done(self) -> None:
+        for (_, attributes), before in zip(self._modules, self._before, strict=True):
+            names = [name for name in attributes if name not in _OWN]
+            if len(names) != len(before) or any(
+                name not in before or not _unchanged(before[name], attributes[name]) for name in names
+            ):
+                self._changed.append((attributes, before, self._read(attributes)))
+        for kind, name, tensor, version in self._versions:
+            if tensor._version != version and (kind, name) not in _told:
+                _told.add((kind, name))
+                log.warning(
+                    'The forward of %s changes the tensor in its attribute %r in place, so further passes of a step '
+                    'see the changed one. Register it as a buffer, or assign a new tensor. Reported once.',
+                    kind,
+                    name,
+                )
+
+    def rewind(self) -> None:
+        for attributes, before, _ in self._changed:
+            _write(attributes, before)
+
+    def settle(self) -> None:
+        for attributes, _, after in self._changed:
+            _write(attributes, after)
+
+    def discard(self) -> None:
+        self.rewind()
+
+    def rollback(self) -> None:
+        for (_, attributes), before in zip(self._modules, self._before, strict=True):
+            _write(attributes, before)
+
+    @staticmethod
+    def _read(attributes: dict[str, Any]) -> dict[str, _Saved]:
+        return {name: _saved(value) for name, value in attributes.items() if name not in _OWN}
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    """Return whether a module's forward is torch's own, which keeps nothing in plain attributes."""
+    return getattr(type(module).forward, '__module__', '').startswith('torch.')
+
+
+def _write(attributes: dict[str, Any], saved: dict[str, _Saved]) -> None:
+    for name in [name for name in attributes if name not in _OWN and name not in saved]:
+        del attributes[name]
+    for name, value in saved.items():
+        attributes[name] = _put(value)
+
+
+def _saved(value: Any, depth: int = 0) -> _Saved:
+    if depth == _DEEPEST:
+        return value, None
+    if _is_sequence(value):
+        return value, [_saved(item, depth + 1) for item in value]
+    held = _held(value)
+    return value, None if held is None else {key: _saved(item, depth + 1) for key, item in held.items()}
+
+
+def _is_sequence(value: object) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _held(value: Any) -> dict[Any, Any] | None:
+    """Return what a dictionary or a dataclass holds; None for anything else."""
+    if isinstance(value, dict):
+        return cast(dict[Any, Any], value)
+    is_instance = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return getattr(value, '__dict__', None) if is_instance else None
+
+
+def _unchanged(saved: _Saved, value: Any) -> bool:
+    """Return whether the value is the one that was saved, with the same contents."""
+    was, contents = saved
+    if value is not was:
+        return False
+    if contents is None:
+        return True
+    if _is_sequence(value):
+        return len(value) == len(contents) and all(_unchanged(*pair) for pair in zip(contents, value, strict=True))
+    held = _held(value) or {}
+    return held.keys() == contents.keys() and all(_unchanged(contents[key], held[key]) for key in held)
+
+
+def _put(saved: _Saved) -> Any:
+    """Put the contents of a container back where they were, in place, and return the value."""
+    value, contents = saved
+    if isinstance(contents, list):
+        items = [_put(item) for item in cast(list[_Saved], contents)]
+        if isinstance(value, list):
+            cast(list[Any], value)[:] = items
+    elif contents is not None and (held := _held(value)) is not None:
+        pairs = {key: _put(item) for key, item in contents.items()}
+        held.clear()
+        held.update(pairs)
+    return cast(Any, value)
+
+
+def _tensors(saved: _Saved) -> Iterator[Tensor]:
+    value, contents = saved
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_inference():
+        yield value
+    inner = cast(dict[Any, _Saved], contents).values() if isinstance(contents, dict) else contents or ()
+    for item in cast(Iterable[_Saved], inner):
+        yield from _tensors(item)
