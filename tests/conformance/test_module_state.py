@@ -15,6 +15,10 @@ from composer_sam import GAM, SAM, SharpnessAwareOptimizer
 from composer_sam.engine import attributes
 
 
+# torch 2.15 deprecates the functions that make quantised tensors.
+pytestmark = pytest.mark.filterwarnings('ignore:torch.quantize_per_tensor')
+
+
 class Notes:
     """What forwards have seen; of a class of its own, so that it is not put back between passes."""
 
