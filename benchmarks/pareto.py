@@ -25,6 +25,8 @@ _COLOURS = {
     'SGD': 'black', 'SAM': 'C0', 'ASAM': 'C1', 'WSAM': 'C2', 'GAM': 'C3',
     'SAMDirection': 'C4', 'SAMMagnitude': 'C5', 'SGDHess': 'C7',
 }  # fmt: skip
+# Open markers of different shapes, and SAM's small and filled on top: where several methods are equal, all are seen.
+_MARKERS = {'SAM': 'o', 'ASAM': '^', 'WSAM': 's', 'GAM': 'D', 'SAMDirection': 'v', 'SAMMagnitude': 'P', 'SGDHess': 'X'}
 _KNOBS = {'fixed': 'interval 2, 5, 10, the same rho', 'scaled': 'interval 2, 5, 10, a larger rho'}
 
 
@@ -50,9 +52,10 @@ def draw(report: dict[str, Any]) -> Figure:
         _panel(axis, task, [row for row in rows if row['task'] == task])
     for axis in axes[len(tasks) :]:
         axis.remove()
+    figure.suptitle(f'mean and standard deviation over {rows[0]["seeds"]} seeds', fontsize=10)
     drawn = [axis.get_legend_handles_labels() for axis in figure.axes]
     entries = {label: handle for handles, labels in drawn for handle, label in zip(handles, labels, strict=True)}
-    figure.legend(list(entries.values()), list(entries), loc='outside lower center', ncols=5, fontsize=8, frameon=False)
+    figure.legend(list(entries.values()), list(entries), loc='outside lower center', ncols=4, fontsize=8, frameon=False)
     return figure
 
 
@@ -76,20 +79,24 @@ def _panel(axis: Axes, task: str, rows: Sequence[dict[str, Any]]) -> None:
         own = sorted(own, key=lambda row: row['cost'])
         style = {'SGD': '-', 'fixed': '--', 'scaled': ':'}[name]
         colour = _COLOURS['SGD' if name == 'SGD' else 'SAM']
-        label = 'SGD for 1, 2, 4 times the epochs' if name == 'SGD' else f'SAM, {_KNOBS[name]}'
+        label = 'SGD for 1, 2, 4 times the epochs, not stopped early' if name == 'SGD' else f'SAM, {_KNOBS[name]}'
         costs, accuracies = [row['cost'] for row in own], [row['accuracy'] for row in own]
         axis.plot(costs, accuracies, style, color=colour, linewidth=1, label=label)
     for row in rows:
-        plain = row['method'] == 'SGD' or row['knob']
+        method = row['method']
+        plain, sam_itself = method == 'SGD' or row['knob'], method == 'SAM' and not row['knob']
         axis.errorbar(
             row['cost'],
             row['accuracy'],
             row['±'],
-            fmt='.' if plain else 'o',
-            color=_COLOURS[row['method']],
+            fmt='.' if plain else _MARKERS[method],
+            color=_COLOURS[method],
+            markerfacecolor=_COLOURS[method] if plain or sam_itself else 'none',
+            markersize=None if plain else 5 if sam_itself else 10,
             capsize=2,
             linewidth=1,
-            label=None if plain else row['method'],
+            zorder=4 if sam_itself else 3,
+            label=None if plain else method,
         )
 
 

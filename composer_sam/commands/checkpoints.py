@@ -19,6 +19,7 @@ from composer_sam.commands.terminal import (
     natural,
     positive,
     refuse_launcher,
+    starting,
 )
 from composer_sam.files import write_whole
 
@@ -78,7 +79,11 @@ def add(commands: Commands) -> None:
 
 def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('changes', nargs='+', metavar='CHECKPOINT|key=value', help='.pt files; overrides of the recipe')
-    parser.add_argument('--recipe', required=True, metavar='RECIPE', help='the YAML file they were trained with')
+    parser.add_argument(
+        '--recipe',
+        metavar='RECIPE',
+        help='the YAML file they were trained with (default: the config.yaml beside the first checkpoint)',
+    )
     parser.add_argument('--labels', metavar='A,B', help='names of the checkpoints (default: from file or folder)')
     parser.add_argument('--samples', type=positive, default=512, metavar='N', help='default: 512')
     parser.add_argument('--split', choices=('train', 'test'), default='train', help='default: train')
@@ -91,6 +96,7 @@ def _landscape(options: argparse.Namespace) -> int:
     """
     if (code := refuse_launcher('landscape')) != OK:
         return code
+    starting('landscape')
     from composer_sam.studies.console import console, progress_bar
     from composer_sam.studies.landscape import Request, landscapes
     from composer_sam.studies.report import tabulate_landscapes, write_pictures
@@ -127,6 +133,7 @@ def _sharpness(options: argparse.Namespace) -> int:
     """Measure the loss around checkpoints: eigenvalues and trace of the Hessian, and the growth within a radius."""
     if (code := refuse_launcher('sharpness')) != OK:
         return code
+    starting('sharpness')
     from composer_sam.studies.console import console, progress_bar
     from composer_sam.studies.report import tabulate_measurements
     from composer_sam.studies.sharpness import measure_checkpoints
@@ -175,4 +182,12 @@ def _checkpoints(options: argparse.Namespace) -> tuple[tuple[Path, ...], tuple[s
     labels = default_labels(paths) if options.labels is None else options.labels.split(',')
     if len(labels) != len(paths) or len(set(labels)) != len(labels) or '' in labels:
         raise ValueError(f'--labels: {len(paths)} different names are needed, by commas, got {options.labels!r}')
-    return paths, tuple(labels), load_recipe(options.recipe, (), overrides)
+    return paths, tuple(labels), load_recipe(options.recipe or _beside(paths[0]), (), overrides)
+
+
+def _beside(checkpoint: Path) -> Path:
+    """Return the recipe that training with a save_folder leaves beside its checkpoints."""
+    config = checkpoint.parent / 'config.yaml'
+    if not config.is_file():
+        raise ValueError(f'--recipe: there is no {config} beside the checkpoint; give the recipe it was trained with')
+    return config

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+import time
 from collections.abc import Sequence
 
-from composer_sam.commands import checkpoints, methods, studies, train
-from composer_sam.commands.terminal import FAILED, INTERRUPTED, MISTAKE, complain
+from composer_sam.commands import checkpoints, methods, recipes, studies, train
+from composer_sam.commands.terminal import MISTAKE, OK, UNREAD, complain, interrupted, is_first_process
+from composer_sam.version import __version__
 
 __all__ = ['main']
+
+_GRACE_SECONDS = 5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,8 +25,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0 for success, 1 if training failed, 2 for a mistake of the user or a package that is not installed, 130 for
-        an interrupt.
+        an interrupt, 141 if nobody reads the output any more, as in ``composer-sam methods | head -1``.
     """
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_output()
+        return UNREAD
+    if code != OK and not is_first_process():
+        # The launcher ends all processes when one fails, and the first one is still to say what is wrong.
+        time.sleep(_GRACE_SECONDS)
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     try:
         options, further = parser.parse_known_args(arguments)
@@ -36,12 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         complain(str(error))
         return MISTAKE
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-    except SystemExit as stop:  # Composer turns SIGINT and SIGTERM into SystemExit
-        code = stop.code if isinstance(stop.code, int) else FAILED
-    complain('interrupted')
-    return code
+    except (KeyboardInterrupt, SystemExit) as stop:
+        return interrupted(stop)
+
+
+def _discard_output() -> None:
+    """Let what is still buffered go nowhere, so that the interpreter ends quietly."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,7 +76,8 @@ def _parser() -> argparse.ArgumentParser:
         description='Sharpness-aware training with MosaicML Composer.',
         allow_abbrev=False,
     )
+    parser.add_argument('--version', action='version', version=f'composer-sam {__version__}')
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
-    for module in (train, studies, checkpoints, methods):
+    for module in (train, studies, checkpoints, recipes, methods):
         module.add(commands)
     return parser

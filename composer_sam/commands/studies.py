@@ -14,6 +14,7 @@ from composer_sam.commands.terminal import (
     files_and_overrides,
     positive,
     refuse_launcher,
+    starting,
 )
 
 __all__ = ['add']
@@ -47,7 +48,12 @@ def add(commands: Commands) -> None:
 
 
 def _add_runs(parser: argparse.ArgumentParser, out: str) -> None:
-    parser.add_argument('changes', nargs='+', metavar='RECIPE|key=value', help='YAML files; overrides apply to all')
+    parser.add_argument(
+        'changes',
+        nargs='+',
+        metavar='RECIPE|key=value',
+        help='YAML files (+ joins overlays); overrides apply to all',
+    )
     parser.add_argument('--seeds', type=positive, default=1, metavar='N', help='seeds per run (default: 1)')
     parser.add_argument('--jobs', type=positive, metavar='N', help='parallel runs (default: cores; 1 on a GPU)')
     parser.add_argument('--out', type=Path, default=Path(out), metavar='DIR', help=f'for results (default: {out})')
@@ -57,6 +63,7 @@ def _compare(options: argparse.Namespace) -> int:
     """Train several recipes, print a table of the results and draw the learning curves."""
     if (code := refuse_launcher('compare')) != OK:
         return code
+    starting('compare')
     from composer_sam.recipes import RecipeError
     from composer_sam.studies.compare import RunError, compare
 
@@ -79,6 +86,7 @@ def _study(options: argparse.Namespace) -> int:
     """
     if (code := refuse_launcher('study')) != OK:
         return code
+    starting('study')
     from composer_sam.recipes import RecipeError
     from composer_sam.studies.plan import StudyOptions
     from composer_sam.studies.sharpness import Sharpness

@@ -16,18 +16,24 @@ __all__ = [
     'INTERRUPTED',
     'MISTAKE',
     'OK',
+    'UNREAD',
     'Commands',
     'check_folder',
     'complain',
     'fail',
     'files_and_overrides',
+    'interrupted',
+    'is_first_process',
     'natural',
+    'note',
     'positive',
     'refuse_launcher',
     'say',
+    'starting',
 ]
 
 OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+UNREAD = 141  # nobody reads the output any more, as of a program that SIGPIPE ends
 
 Commands: TypeAlias = 'argparse._SubParsersAction[argparse.ArgumentParser]'
 
@@ -78,17 +84,49 @@ def fail(command: str, error: Exception) -> int:
     return FAILED
 
 
+def interrupted(stop: BaseException, hint: str = '') -> int:
+    """Print that the command was interrupted, in one line, and return the exit code.
+
+    Args:
+        stop: what ended the command: KeyboardInterrupt, or SystemExit, into which Composer turns SIGINT and SIGTERM.
+        hint: how to go on.
+
+    Raises:
+        BrokenPipeError: nobody reads the output any more, which Rich turns into SystemExit.
+    """
+    if isinstance(stop.__context__, BrokenPipeError):
+        raise stop.__context__
+    if is_first_process() and sys.stderr.isatty():
+        print('\r', end='', file=sys.stderr)  # over the ^C that the terminal shows
+    complain(f'interrupted{hint}')
+    if isinstance(stop, SystemExit):
+        return stop.code if isinstance(stop.code, int) else FAILED
+    return INTERRUPTED
+
+
+def starting(what: str, in_logs: bool = False) -> None:
+    """Print a line at once, before what takes seconds to import is imported; to a terminal only, unless ``in_logs``."""
+    if in_logs or sys.stderr.isatty():
+        note(f'starting {what} ...')
+
+
 def say(message: str) -> None:
     """Print to stdout, on the first of several processes only."""
-    if _is_first_process():
+    if is_first_process():
         print(message)
+
+
+def note(message: str) -> None:
+    """Print a line to stderr that is no complaint, on the first of several processes only."""
+    if is_first_process():
+        print(message, file=sys.stderr, flush=True)
 
 
 def complain(message: str) -> None:
     """Print one line to stderr, on the first of several processes only."""
-    if _is_first_process():
-        print(f'composer-sam: {" ".join(message.split())}', file=sys.stderr)
+    note(f'composer-sam: {" ".join(message.split())}')
 
 
-def _is_first_process() -> bool:
+def is_first_process() -> bool:
+    """Return whether this is the first of the processes that Composer's launcher has started."""
     return int(os.environ.get('RANK', '0')) == 0

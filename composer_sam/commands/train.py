@@ -5,8 +5,24 @@ from __future__ import annotations
 import argparse
 import os
 import traceback
+from typing import TYPE_CHECKING
 
-from composer_sam.commands.terminal import FAILED, MISTAKE, OK, Commands, complain, files_and_overrides, say
+from composer_sam.commands.terminal import (
+    FAILED,
+    MISTAKE,
+    OK,
+    Commands,
+    complain,
+    files_and_overrides,
+    interrupted,
+    is_first_process,
+    note,
+    say,
+    starting,
+)
+
+if TYPE_CHECKING:
+    from composer_sam.recipes import History, Recipe
 
 __all__ = ['add']
 
@@ -18,48 +34,80 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         'changes', nargs='*', metavar='OVERLAY.yaml|key=value', help='merged into the recipe, files first'
     )
+    parser.add_argument('--dry-run', action='store_true', help='check the recipe, print it resolved, train nothing')
     parser.set_defaults(command=_train)
 
 
 def _train(options: argparse.Namespace) -> int:
     """Train one recipe and print its accuracy and loss on the test data."""
-    from composer_sam.recipes import History, RecipeError, build_trainer, is_finished, load_recipe
+    starting(options.recipe, in_logs=True)
+    from composer_sam.recipes import Diverged, History, RecipeError, as_yaml, load_recipe, messages
 
     overlays, overrides = files_and_overrides(options.changes)
-    trainer = None
     history = History()
+    recipe = None
     try:
-        recipe = load_recipe(options.recipe, overlays, overrides)
-        if recipe.grid:
-            complain(f'{recipe.name} is trained once, without its grid; composer-sam study trains the grid')
-        _share_cores()
-        trainer = build_trainer(recipe, [history])
-        if not is_finished(trainer.state):  # a finished run that is resumed has no step left
-            trainer.fit()
-        if not history.test['epoch']:
-            trainer.eval()
+        with messages(note if is_first_process() else None):
+            recipe = load_recipe(options.recipe, overlays, overrides, note)
+            if options.dry_run:
+                say(as_yaml(recipe).rstrip())
+                return OK
+            if recipe.grid:
+                complain(f'{recipe.name} is trained once, without its grid; composer-sam study trains the grid')
+            _share_cores()
+            _fit(recipe, history)
     except RecipeError as error:
         complain(str(error))
         return MISTAKE
     except FileExistsError:
+        folder = None if recipe is None else recipe.save_folder
         complain(
-            f'save_folder: {recipe.save_folder!r} holds the checkpoints of another run; choose a different one, '
+            f'save_folder: {folder!r} holds the checkpoints of another run; choose a different one, '
             'or set autoresume=true to go on with that run, or trainer.save_overwrite=true to replace them',
         )
         return MISTAKE
+    except Diverged as error:
+        complain(f'training failed: {error}')
+        return FAILED
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if isinstance(error, (ValueError, ModuleNotFoundError)) and history.steps == 0:
             # Before the first step such an error is about the recipe or the installation, not about training.
             complain(str(error))
             return MISTAKE
         traceback.print_exc()
-        complain(f'training failed after {history.steps} steps: {type(error).__name__}: {error}')
+        complain(f'training failed after {history.total} steps: {type(error).__name__}: {error}')
         return FAILED
-    finally:
-        if trainer is not None:
-            trainer.close()
+    except (KeyboardInterrupt, SystemExit) as stop:
+        return interrupted(stop, _how_to_go_on(recipe, history))
     say(f'{recipe.name}: {history}')
     return OK
+
+
+def _fit(recipe: Recipe, history: History) -> None:
+    """Build the trainer of a recipe, say what it trains, and train it to its end."""
+    from composer_sam.recipes import Progress, build_trainer, describe, is_finished, newest_checkpoint
+
+    checkpoint = newest_checkpoint(recipe)
+    trainer = build_trainer(recipe, [history, Progress()])
+    try:
+        note(describe(recipe, trainer))
+        if (steps := trainer.state.timestamp.batch.value) > 0:
+            note(f'resumed from {checkpoint or recipe.load_path} at step {steps}')
+        if not is_finished(trainer.state):  # a finished run that is resumed has no step left
+            trainer.fit()
+        if not history.test['epoch']:
+            trainer.eval()
+    finally:
+        trainer.close()
+
+
+def _how_to_go_on(recipe: Recipe | None, history: History) -> str:
+    if recipe is None or history.total == 0:
+        return ''
+    kept = recipe.save_folder is not None
+    return f' after {history.total} steps{"; autoresume=true goes on from the newest checkpoint" if kept else ""}'
 
 
 def _share_cores() -> None:

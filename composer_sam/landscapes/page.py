@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Callable, Sequence
 from string import Template
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from composer_sam.extras import extra
-from composer_sam.landscapes.pictures import COLORS, Scale, heading, number
+from composer_sam.landscapes.pictures import COLORS, LOG_COLORS, Scale, heading, number
 from composer_sam.landscapes.storage import Landscape
 
 with extra('diagnostics', __name__):
@@ -47,7 +48,12 @@ def page(landscapes: Sequence[Landscape], title: str, notes: Sequence[str] = ())
     figure, views = (_surfaces if len(landscapes[0].axes) == 2 else _curves)(landscapes, scale)
     _add_buttons(figure, views, active='log' if scale.log else 'linear')
     drawn = plotly.io.to_html(
-        figure, config=_CONFIG, include_plotlyjs=True, full_html=False, post_script=_SCRIPT, div_id='figure'
+        figure,
+        config=_CONFIG,
+        include_plotlyjs=True,
+        full_html=False,
+        post_script=_SCRIPT.replace('CONFIG', json.dumps(_CONFIG)),
+        div_id='figure',
     )
     small_print = ''.join(f'<p>{_text(note)}</p>' for note in notes)
     return _PAGE.substitute(title=_text(title), notes=small_print, figure=drawn)
@@ -68,7 +74,7 @@ def _add_buttons(figure: go.Figure, views: dict[str, View], active: str) -> None
         'xanchor': 'left',
         'y': 1.0,
         'yanchor': 'bottom',
-        'pad': {'b': 34},
+        'pad': {'b': 48},
     }
     figure.update_layout(updatemenus=[menu])
 
@@ -81,29 +87,49 @@ def _surfaces(landscapes: Sequence[Landscape], scale: Scale) -> tuple[go.Figure,
         rows,
         columns,
         specs=[[{'type': 'surface'}] * columns] * rows,
-        subplot_titles=[_text(heading(landscape)) for landscape in landscapes],
-        horizontal_spacing=0.01,
-        vertical_spacing=0.05,
+        subplot_titles=[_text(heading(landscape, '\n')).replace('\n', '<br>') for landscape in landscapes],
     )
+    colors = Scale.of(landscapes, LOG_COLORS)
+    bounds = [float(height) for height in colors.height([scale.low, scale.high])]
+    ticks = colors.round_losses(7)
+    bar = {'tickvals': colors.height(ticks).tolist(), 'ticktext': [number(tick) for tick in ticks]}
     for index, landscape in enumerate(landscapes):
         place: dict[str, Any] = {'row': index // columns + 1, 'col': index % columns + 1}
-        figure.add_trace(_surface(landscape), **place)
+        figure.add_trace(_surface(landscape, colors), **place)
         figure.add_trace(_points(landscape), **place)
-        named = [{'title': {'text': _text(axis), 'font': {'size': 11}}, 'zeroline': False} for axis in landscape.axes]
+        named = [
+            {
+                'title': {'text': _text(axis), 'font': {'size': 11}},
+                'zeroline': False,
+                'nticks': 5,
+                'tickfont': {'size': 10},
+            }
+            for axis in landscape.axes
+        ]
         figure.update_scenes(
-            xaxis=named[0], yaxis=named[1], zaxis={'title': {'text': 'loss'}, 'zeroline': False}, **_SCENE, **place
+            xaxis=named[0],
+            yaxis=named[1],
+            zaxis={'title': {'text': 'loss', 'font': {'size': 11}}, 'zeroline': False, 'tickfont': {'size': 10}},
+            **_SCENE,
+            **place,
         )
     figure.update_layout(
-        coloraxis={'colorscale': 'Viridis', 'colorbar': {'title': {'text': 'loss'}, 'len': 0.75, 'thickness': 16}},
+        coloraxis={
+            'colorscale': 'Viridis',
+            'cmin': bounds[0],
+            'cmax': bounds[1],
+            'colorbar': {'title': {'text': 'loss'}, 'len': 0.75, 'thickness': 16, **bar},
+        },
         height=640 * rows,
         margin={'l': 10, 'r': 10, 't': 90, 'b': 10},
     )
+    figure.update_annotations(font={'size': 14})
     _dress(figure)
     return figure, {name: _heights(landscapes, scale, name == 'log') for name in ('linear', 'log')}
 
 
 def _heights(landscapes: Sequence[Landscape], scale: Scale, log: bool) -> View:
-    """Return the heights of surfaces and points, and the axes and colours that belong to them."""
+    """Return the heights of surfaces and points, and the axes that belong to them."""
     scale = Scale(scale.low, scale.high, log and scale.low > 0)
     low, high = (float(height) for height in scale.height([scale.low, scale.high]))
     heights = []
@@ -112,16 +138,15 @@ def _heights(landscapes: Sequence[Landscape], scale: Scale, log: bool) -> View:
     rings = {'start': low, 'end': high, 'size': (high - low) / _RINGS}
     ticks = scale.round_losses(7)
     axis = {'tickvals': scale.height(ticks).tolist(), 'ticktext': [number(tick) for tick in ticks]}
-    layout: dict[str, Any] = {'coloraxis.cmin': low, 'coloraxis.cmax': high}
-    layout |= {f'coloraxis.colorbar.{key}': value for key, value in axis.items()}
+    layout: dict[str, Any] = {}
     for scene in ('scene', *(f'scene{panel}' for panel in range(2, len(landscapes) + 1))):
         layout |= {f'{scene}.zaxis.{key}': value for key, value in axis.items()}
         layout[f'{scene}.zaxis.range'] = [low - 0.2 * (high - low), high + 0.03 * (high - low)]
     return {'z': heights, **{f'contours.z.{key}': value for key, value in rings.items()}}, layout
 
 
-def _surface(landscape: Landscape) -> go.Surface:
-    """Return a plane as a surface, without heights."""
+def _surface(landscape: Landscape, colors: Scale) -> go.Surface:
+    """Return a plane as a surface, without heights; its colours are those of the pictures."""
     x, y = landscape.coordinates
     return go.Surface(
         x=x.tolist(),
@@ -129,6 +154,7 @@ def _surface(landscape: Landscape) -> go.Surface:
         text=np.array(_hover(landscape), dtype=object),  # from lists plotly would make one text per row
         hoverinfo='text',  # a template would take its text from [x][y]
         coloraxis='coloraxis',
+        surfacecolor=colors.height(landscape.loss).tolist(),
         contours={
             'x': {'highlight': False},
             'y': {'highlight': False},
@@ -187,7 +213,7 @@ def _curves(landscapes: Sequence[Landscape], scale: Scale) -> tuple[go.Figure, d
     figure.update_layout(
         height=600, hovermode='x', plot_bgcolor='white', legend={'x': 0.5, 'xanchor': 'center', 'y': 0.98}
     )
-    figure.update_layout(margin={'l': 70, 'r': 20, 't': 80, 'b': 60})
+    figure.update_layout(margin={'l': 70, 'r': 20, 't': 112, 'b': 60})
     figure.update_xaxes(title_text=_text(landscapes[0].axes[0]), gridcolor='#e5e7eb', zeroline=False)
     figure.update_yaxes(title_text='loss', gridcolor='#e5e7eb', zeroline=False)
     _dress(figure)
@@ -233,11 +259,49 @@ def _text(text: str) -> str:
     return html.escape(text, quote=False)
 
 
-# Turns all surfaces when one of them is turned, and shows the active view.
+# Arranges the surfaces for the size of the window, turns all of them when one is turned, and shows the active view.
 _SCRIPT = """
 const div = document.getElementById('{plot_id}');
 const scenes = Object.keys(div.layout).filter(key => key.startsWith('scene'));
-let turning = false;
+let turning = false, shape = '';
+const camera = JSON.parse(JSON.stringify((div.layout.scene || {}).camera || {}));
+function arrange() {
+  const count = scenes.length, width = div.clientWidth, narrow = width < 700;
+  const left = window.innerHeight - div.getBoundingClientRect().top - window.scrollY - 16;
+  if (!count) {
+    const height = Math.max(400, Math.min(left, 1.3 * width));
+    div.style.height = height + 'px';
+    return Plotly.relayout(div, {height});
+  }
+  const columns = Math.max(1, Math.min(count, 3, Math.floor(width / 380))), rows = Math.ceil(count / columns);
+  if (shape === [width, left, columns].join()) return;
+  shape = [width, left, columns].join();
+  const top = 100, bottom = narrow ? 80 : 8, bar = narrow ? 0 : 64, title = 56;
+  const cell = (width - 20 - bar) / columns;
+  const panel = rows === 1 ? Math.max(300, Math.min(left - top - bottom, 1.6 * cell)) : 0.95 * cell;
+  const plot = rows * panel + (rows - 1) * title;
+  div.style.height = plot + top + bottom + 'px';
+  // A panel that is higher than wide is seen from further away, so that nothing is cut off, and is drawn higher.
+  const tall = panel / cell, away = Math.max(0.95, (narrow ? 1.2 : 1.1) * tall), eye = camera.eye;
+  const layout = JSON.parse(JSON.stringify(div.layout));
+  layout.height = plot + top + bottom;
+  layout.margin = {l: 10, r: 10 + bar, t: top, b: bottom};
+  scenes.forEach((scene, index) => {
+    const row = Math.floor(index / columns), column = index % columns;
+    const high = 1 - row * (panel + title) / plot;
+    const x = [column / columns, (column + 1) / columns], y = [Math.max(0, high - panel / plot), high];
+    layout[scene].domain = {x, y};
+    layout[scene].aspectratio = {x: 1, y: 1, z: 0.8 * Math.max(1, Math.min(1.5, tall))};
+    layout[scene].camera = {...camera, eye: {x: away * eye.x, y: away * eye.y, z: away * eye.z}};
+    Object.assign(layout.annotations[index], {x: (column + 0.5) / columns, y: high});
+  });
+  Object.assign(layout.coloraxis.colorbar, narrow
+    ? {orientation: 'h', x: 0.5, xanchor: 'center', y: 0, yanchor: 'top', len: 0.9}
+    : {orientation: 'v', x: 1.01, xanchor: 'left', y: 0.5, yanchor: 'middle', len: 0.75});
+  const data = div.data;
+  Plotly.purge(div);  // surfaces and a colour bar that are moved keep their old places
+  return Plotly.newPlot(div, data, layout, CONFIG).then(listen);
+}
 function follow(change) {
   const turned = scenes.find(scene => change[scene + '.camera']);
   if (turning || !turned) return;
@@ -246,9 +310,12 @@ function follow(change) {
   for (const scene of scenes) if (scene !== turned) cameras[scene + '.camera'] = change[turned + '.camera'];
   Plotly.relayout(div, cameras).then(() => { turning = false; });
 }
-if (scenes.length > 1) { div.on('plotly_relayouting', follow); div.on('plotly_relayout', follow); }
+function listen() {
+  if (scenes.length > 1) { div.on('plotly_relayouting', follow); div.on('plotly_relayout', follow); }
+}
 const menu = div.layout.updatemenus[0];
-return Plotly.update(div, ...menu.buttons[menu.active].args);
+window.addEventListener('resize', arrange);
+return Plotly.update(div, ...menu.buttons[menu.active].args).then(arrange);
 """
 
 _PAGE = Template("""<!DOCTYPE html>
@@ -263,6 +330,7 @@ _PAGE = Template("""<!DOCTYPE html>
 body { font: 15px/1.45 system-ui, -apple-system, "Segoe UI", sans-serif; color: #24292f; margin: 24px 32px; }
 h1 { font-size: 22px; font-weight: 600; margin: 0 0 4px; }
 p { margin: 0; color: #57606a; font-size: 13px; }
+@media (max-width: 700px) { body { margin: 12px; } h1 { font-size: 18px; } }
 </style>
 </head>
 <body>

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +16,26 @@ from composer_sam.landscapes.storage import Landscape
 
 with extra('diagnostics', __name__):
     from matplotlib.axes import Axes
-    from matplotlib.colors import Normalize
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import FuncNorm
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-__all__ = ['COLORS', 'Scale', 'contours', 'curves', 'heading', 'number', 'png', 'surfaces']
+__all__ = [
+    'COLORS',
+    'LOG_COLORS',
+    'Scale',
+    'contours',
+    'curves',
+    'heading',
+    'number',
+    'png',
+    'surfaces',
+    'wrong_labels',
+]
 
 # Ratios of the largest loss to the smallest from which logarithms are drawn, as colours and as heights.
-_LOG_COLORS, _LOG_HEIGHTS = 10.0, 200.0
+LOG_COLORS, _LOG_HEIGHTS = 10.0, 200.0
 _SHADES, _RINGS = 128, 24  # at most so many contour lines
 COLORS = [
     '#0072B2',
@@ -93,7 +106,7 @@ class Scale:
 def curves(landscapes: Sequence[Landscape], title: str = '') -> Figure:
     """Draw the losses along lines in one pair of axes, and beside them the accuracies where all are known."""
     with_accuracy = all(landscape.accuracy is not None for landscape in landscapes)
-    figure = Figure(figsize=(11, 4.4) if with_accuracy else (6.4, 4.4), layout='constrained')
+    figure = Figure(figsize=(11, 4.6) if with_accuracy else (6.4, 4.6), layout='constrained')
     panels = np.atleast_1d(figure.subplots(1, 2 if with_accuracy else 1))
     scale = Scale.of(landscapes)
     for index, landscape in enumerate(landscapes):
@@ -112,7 +125,8 @@ def curves(landscapes: Sequence[Landscape], title: str = '') -> Figure:
         panels[0].set_yticks(ticks, labels=[number(tick) for tick in ticks])
         panels[0].minorticks_off()
     for axes, name in zip(panels, ('loss', 'accuracy (%)'), strict=False):
-        axes.set(xlabel=landscapes[0].axes[0], ylabel=name)
+        noisy = name != 'loss' and wrong_labels(landscapes[0])
+        axes.set(xlabel=landscapes[0].axes[0], ylabel='accuracy on noisy labels (%)' if noisy else name)
         axes.margins(x=0)
         axes.grid(alpha=0.25)
         axes.spines[['top', 'right']].set_visible(False)
@@ -124,9 +138,11 @@ def curves(landscapes: Sequence[Landscape], title: str = '') -> Figure:
 
 def contours(landscapes: Sequence[Landscape], title: str = '') -> Figure:
     """Draw the losses over planes side by side, with the same contour lines and the same colours."""
-    scale = Scale.of(landscapes, _LOG_COLORS)
+    scale = Scale.of(landscapes, LOG_COLORS)
     rows, columns = _arrangement(len(landscapes))
-    figure = Figure(figsize=(4.3 * columns + 1.1, 4.35 * rows + _caption_inches(title)), layout='constrained')
+    width = 4.3 * columns + 1.1
+    title = _wrapped(title, width)
+    figure = Figure(figsize=(width, 4.55 * rows + _caption_inches(title)), layout='constrained')
     panels = figure.subplots(rows, columns, squeeze=False)
     low, high = scale.height([scale.low, scale.high])
     # A little more than the range: rounding would otherwise put the extreme losses outside.
@@ -149,7 +165,7 @@ def contours(landscapes: Sequence[Landscape], title: str = '') -> Figure:
             axes.clabel(rings, named, fmt=lambda height: number(10**height if scale.log else height), fontsize=8)
         _mark_plane(axes, landscape)
         axes.set(xlabel=landscape.axes[0], ylabel=landscape.axes[1])
-        axes.set_title(heading(landscape), fontsize=11)
+        axes.set_title(heading(landscape, '\n'), fontsize=11)
         axes.set_aspect('equal')
         axes.locator_params(nbins=5)
     for axes in panels.flat[len(landscapes) :]:
@@ -162,27 +178,30 @@ def contours(landscapes: Sequence[Landscape], title: str = '') -> Figure:
 
 
 def surfaces(landscapes: Sequence[Landscape], title: str = '') -> Figure:
-    """Draw the losses over planes as surfaces side by side, with the same heights and the same colours."""
-    scale = Scale.of(landscapes)
+    """Draw the losses over planes as surfaces side by side, with the same heights and the colours of the contours."""
+    scale, colors = Scale.of(landscapes), Scale.of(landscapes, LOG_COLORS)
     rows, columns = _arrangement(len(landscapes))
+    width = 5.2 * columns + 1.1
+    title = _wrapped(title, width)
     height = 4.5 * rows + _caption_inches(title)
-    figure = Figure(figsize=(5.4 * columns, height))
+    figure = Figure(figsize=(width, height))
     panels = figure.subplots(rows, columns, squeeze=False, subplot_kw={'projection': '3d', 'computed_zorder': False})
     figure.subplots_adjust(
-        left=0.01, right=0.96, bottom=0.03, top=1 - (_caption_inches(title) + 0.15) / height, wspace=0.05, hspace=0.08
-    )
+        left=0.01, right=1 - 1.35 / width, bottom=0.03, top=1 - (_caption_inches(title) + 0.3) / height,
+        wspace=0.05, hspace=0.12,
+    )  # fmt: skip
     low, high = (float(height) for height in scale.height([scale.low, scale.high]))
     floor = low - 0.25 * (high - low)
     ticks, lines = scale.round_losses(7), scale.height(scale.round_losses(_RINGS))
     thin: dict[str, Any] = {'linewidths': 0.8, 'negative_linestyles': 'solid'}
+    look: dict[str, Any] = {'cmap': 'viridis', 'norm': _shades(scale, colors)}
     for axes, landscape in zip(panels.flat, landscapes, strict=False):
         x, y = np.meshgrid(*landscape.coordinates)
         z = _finite(scale.height(landscape.loss))
-        look: dict[str, Any] = {'cmap': 'viridis', 'norm': Normalize(low, high)}
         if np.isfinite(z).any():
             axes.contour(x, y, np.ma.masked_invalid(z), levels=lines, zdir='z', offset=floor, zorder=0, **thin, **look)
         axes.plot_surface(x, y, z, rcount=120, ccount=120, lw=0.2, edgecolor=(1, 1, 1, 0.35), **look)
-        axes.set_title(heading(landscape), fontsize=11, y=0.98)
+        axes.set_title(heading(landscape, '\n'), fontsize=11, y=0.97)
         axes.set_xlabel(landscape.axes[0], fontsize=9)
         axes.set_ylabel(landscape.axes[1], fontsize=9)
         axes.set_zlabel('loss', fontsize=9)
@@ -195,6 +214,11 @@ def surfaces(landscapes: Sequence[Landscape], title: str = '') -> Figure:
         axes.set_box_aspect((1, 1, 0.8), zoom=0.92)
     for axes in panels.flat[len(landscapes) :]:
         axes.set_visible(False)
+    beside = figure.add_axes((1 - 0.95 / width, 0.2, 0.2 / width, 0.55))
+    bar = figure.colorbar(ScalarMappable(**look), cax=beside, label='loss')
+    ticks = colors.round_losses(10)
+    bar.set_ticks(list(scale.height(ticks)), labels=[number(tick) for tick in ticks])
+    bar.ax.minorticks_off()
     _entitle(figure, title)
     return figure
 
@@ -226,13 +250,19 @@ def _mark_plane(axes: Axes, landscape: Landscape) -> None:
             axes.annotate(f'{mark.label}: {number(mark.loss)}', (mark.at[0], mark.at[1]), fontsize=8, bbox=box, **place)
 
 
-def heading(landscape: Landscape) -> str:
+def heading(landscape: Landscape, after_label: str = ': ') -> str:
     """Return the heading of a panel: the label, and where there is one checkpoint its loss and accuracy."""
     if len(landscape.marks) != 1:
         return landscape.label
     (mark,) = landscape.marks
-    accuracy = '' if mark.accuracy is None else f', accuracy {100 * mark.accuracy:.1f} %'
-    return f'{landscape.label}: loss {number(mark.loss)}{accuracy}'
+    labels = ' on noisy labels' if wrong_labels(landscape) else ''
+    accuracy = '' if mark.accuracy is None else f', accuracy{labels} {100 * mark.accuracy:.1f} %'
+    return f'{landscape.label}{after_label}loss {number(mark.loss)}{accuracy}'
+
+
+def wrong_labels(landscape: Landscape) -> float:
+    """Return the fraction of wrong labels among those that loss and accuracy are measured on."""
+    return landscape.about.get('wrong_labels', 0.0)
 
 
 def number(value: float) -> str:
@@ -251,10 +281,32 @@ def _arrangement(count: int) -> tuple[int, int]:
     return -(-count // columns), columns
 
 
+def _shades(scale: Scale, colors: Scale) -> FuncNorm:
+    """Return the part of the colours, in [0, 1], for a height: ``scale`` is that of heights, ``colors`` of colours."""
+    low, high = (float(colors.height(loss)) for loss in (scale.low, scale.high))
+
+    def part(height: Any) -> Any:
+        with np.errstate(over='ignore'):
+            loss = 10.0 ** np.asarray(height) if scale.log else np.asarray(height, dtype=float)
+        return (colors.height(loss) - low) / (high - low)
+
+    def height(part: Any) -> Any:
+        found = low + np.asarray(part) * (high - low)
+        return scale.height(10.0**found if colors.log else found)
+
+    bottom, top = (float(height) for height in scale.height([scale.low, scale.high]))
+    return FuncNorm((part, height), bottom, top)
+
+
+def _wrapped(title: str, inches: float) -> str:
+    """Return a title whose lines are no longer than a figure is wide."""
+    return '\n'.join(textwrap.fill(line, int(12 * inches)) for line in title.splitlines())
+
+
 def _caption_inches(title: str) -> float:
     return 0.22 * (1 + title.count('\n')) if title else 0.0
 
 
 def _entitle(figure: Figure, title: str) -> None:
     if title:
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(_wrapped(title, figure.get_figwidth()), fontsize=11)

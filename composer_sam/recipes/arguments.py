@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import inspect
+import math
+import traceback
+import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from composer.core import Time
@@ -14,7 +18,7 @@ from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserErro
 from composer_sam.methods.window import TimeLike
 from composer_sam.recipes.errors import RecipeError, unknown
 
-__all__ = ['check_arguments', 'check_time', 'construct']
+__all__ = ['check_arguments', 'check_time', 'construct', 'reason']
 
 T = TypeVar('T')
 
@@ -24,6 +28,7 @@ def check_arguments(
     target: Callable[..., Any],
     arguments: Mapping[str, Any],
     provided: Iterable[str] = (),
+    instead: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Check arguments of a recipe against the signature of what will be called with them.
 
@@ -32,6 +37,7 @@ def check_arguments(
         target: the class or function.
         arguments: the arguments in the recipe.
         provided: parameters that the program fills in, so the recipe must not.
+        instead: of these, the keys of a recipe that say the same.
 
     Returns:
         The arguments, with lists converted to tuples where the signature asks for tuples.
@@ -46,10 +52,14 @@ def check_arguments(
     hints = _hints(target)
     checked: dict[str, Any] = {}
     for name, value in arguments.items():
+        if instead and name in instead:
+            raise RecipeError(f'{key}.{name}: write {instead[name]} instead (value {value!r})')
         if name in closed:
             raise RecipeError(f'{key}.{name}: is filled in by the recipe itself and cannot be set (value {value!r})')
         if name not in named and not takes_any:
             raise unknown('key', f'{key}.{name}', value, str(name), named)
+        if isinstance(value, float) and math.isnan(value):
+            raise RecipeError(f'{key}.{name}: must be a number, got nan')
         checked[name] = _check_type(f'{key}.{name}', value, hints[name]) if name in hints else value
     for name, parameter in named.items():
         if parameter.default is parameter.empty and name not in arguments:
@@ -61,8 +71,20 @@ def construct(key: str, target: Callable[..., T], /, *positional: Any, **argumen
     """Call ``target`` and turn the errors of its constructor into a RecipeError at the dotted ``key``."""
     try:
         return target(*positional, **arguments)
-    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        raise RecipeError(f'{key}: {error}') from error
+    except RecipeError:
+        raise
+    except Exception as error:
+        raise RecipeError(f'{key}: {reason(error)}') from error
+
+
+def reason(error: Exception) -> str:
+    """Return what an error says; an assertion without a message is what does not hold."""
+    if isinstance(error, (ValueError, TypeError, NotImplementedError, ImportError)) and str(error):
+        return str(error)
+    if isinstance(error, AssertionError) and not str(error):
+        line = traceback.extract_tb(error.__traceback__)[-1].line or ''
+        return f'{line.removeprefix("assert ")!r} does not hold'
+    return f'{type(error).__name__}: {error}'
 
 
 def check_time(key: str, value: int | str) -> None:
@@ -102,5 +124,49 @@ def _check_type(key: str, value: Any, hint: Any) -> Any:
         if any(arg in (Time, TimeLike) or typing.get_origin(arg) is Time for arg in typing.get_args(hint)):
             check_time(key, checked)
         return checked
-    name = hint.__name__ if inspect.isclass(hint) else str(hint).replace('typing.', '')
-    raise RecipeError(f'{key}: {value!r} is of the wrong type, expected {name}')
+    raise RecipeError(f'{key}: must be {_described(hint)}, got {value!r}')
+
+
+# What the types of arguments are in a recipe. A type that is not here, such as a tensor, cannot be written in YAML.
+_WORDS: dict[Any, str] = {
+    bool: 'true or false',
+    int: 'an integer',
+    float: 'a number',
+    str: 'a text',
+    list: 'a list',
+    tuple: 'a list',
+    Sequence: 'a list',
+    Iterable: 'a list',
+    dict: 'a mapping',
+    Mapping: 'a mapping',
+    Time: "a duration such as '90ep'",
+    TimeLike: "a duration such as '90ep'",
+    type(None): 'null',
+}
+
+
+def _described(hint: Any) -> str:
+    """Return what a value of the annotated type is, in the words of YAML."""
+    words = list(dict.fromkeys(_words(hint)))
+    if 'a number' in words and 'an integer' in words:
+        words.remove('an integer')
+    if 'null' in words and len(words) > 1:
+        words.remove('null')  # null removes the key of a recipe
+    return ' or '.join(words) or f'of the type {getattr(hint, "__name__", hint)}'
+
+
+def _words(hint: Any) -> Iterator[str]:
+    origin = typing.get_origin(hint)
+    if hint in _WORDS:
+        yield _WORDS[hint]
+    elif origin in (typing.Union, types.UnionType):
+        for option in typing.get_args(hint):
+            yield from _words(option)
+    elif origin is typing.Literal:
+        yield from (str(option) for option in typing.get_args(hint))
+    elif origin is typing.Annotated:
+        yield from _words(typing.get_args(hint)[0])
+    elif origin in _WORDS:
+        yield _WORDS[origin]
+    elif inspect.isclass(hint) and issubclass(hint, enum.Enum):
+        yield from (str(member.value) for member in hint)

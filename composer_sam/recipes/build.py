@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from composer import Trainer
-from composer.core import Callback
+from composer.core import Callback, Evaluator
 from composer.devices import DeviceGPU
 from composer.utils import dist, get_device, reproducibility
+from torch.utils.data import DataLoader
 
-from composer_sam.recipes.arguments import construct
+from composer_sam.recipes.blame import BlamingTrainer
 from composer_sam.recipes.check import check_recipe
 from composer_sam.recipes.components import build_components, build_optimizer, build_parallelism, trainer_arguments
-from composer_sam.recipes.data import build_data
+from composer_sam.recipes.data import Data, build_data
+from composer_sam.recipes.divergence import Divergence
+from composer_sam.recipes.early_stopping import TEST, VALIDATION, EarlyStopping
 from composer_sam.recipes.models import build_model
+from composer_sam.recipes.own import check_scores
 from composer_sam.recipes.save_folder import folder_of, make_folder, save_config
 from composer_sam.recipes.schema import Recipe
 
@@ -23,7 +28,8 @@ __all__ = ['build_trainer']
 def build_trainer(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Trainer:
     """Build the Trainer of a recipe; its ``fit()`` trains.
 
-    If the recipe has a ``save_folder``, the recipe itself is saved there as ``config.yaml``.
+    If the recipe has a ``save_folder``, the recipe itself is saved there as ``config.yaml``. Where the loss of the run
+    is not finite, ``fit()`` raises :class:`~composer_sam.recipes.Diverged`.
 
     Args:
         recipe: a recipe that :func:`load_recipe` returned.
@@ -37,23 +43,25 @@ def build_trainer(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Trainer
     if dist.get_world_size() > 1:
         # Before the data is read: one process per node downloads it while the others wait.
         dist.initialize_dist(device)
-    data = build_data(recipe.data, recipe.seed, pin_memory=isinstance(device, DeviceGPU))
+    data = build_data(recipe.data, recipe.seed, isinstance(device, DeviceGPU), recipe.early_stopping)
     reproducibility.seed_all(recipe.seed)
     model = build_model(recipe.model, data.image_shape, data.num_classes)
+    samples: Any = data.test.dataset
+    check_scores(recipe.model, model.module, samples.__getitems__([0, len(samples) - 1])[0], data.num_classes)
     components = build_components(recipe)
+    stopping = [EarlyStopping()] if recipe.early_stopping else []
     folder = folder_of(recipe)
     if folder is not None:
         make_folder(folder)
-    trainer = construct(
-        'recipe',
-        Trainer,
+    trainer = BlamingTrainer(
+        recipe,
         model=model,
         train_dataloader=data.train,
-        eval_dataloader=data.test,
+        eval_dataloader=_evaluations(data),
         optimizers=build_optimizer(recipe, model.parameters()),
         schedulers=components.scheduler,
         algorithms=components.algorithms,
-        callbacks=[*components.callbacks, *callbacks],
+        callbacks=[*components.callbacks, *stopping, *callbacks, Divergence(recipe)],
         loggers=components.loggers,
         max_duration=recipe.max_duration,
         eval_interval=recipe.eval_interval,
@@ -67,9 +75,19 @@ def build_trainer(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Trainer
         precision=recipe.precision,
         device_train_microbatch_size=recipe.device_train_microbatch_size,
         seed=recipe.seed,
-        # A killed run may leave checkpoints that are newer than the one from which it resumes.
-        **{'save_overwrite': recipe.autoresume, **trainer_arguments(recipe)},
+        # A killed run may leave checkpoints that are newer than the one from which it resumes. Composer's own bar is
+        # there for those who ask for it; the commands show one of their own.
+        **{'save_overwrite': recipe.autoresume, 'progress_bar': False, **trainer_arguments(recipe)},
     )
     if folder is not None and dist.get_global_rank() == 0:
         save_config(recipe, folder)
     return trainer
+
+
+def _evaluations(data: Data) -> DataLoader | list[Evaluator]:
+    """Return what is evaluated: the test set, after the validation images where these are wanted beside it."""
+    if data.validation is None:
+        return data.test
+    names = ['MulticlassAccuracy', 'CrossEntropy']
+    loaders = {VALIDATION: data.validation, TEST: data.test}
+    return [Evaluator(label=label, dataloader=loader, metric_names=names) for label, loader in loaders.items()]

@@ -12,6 +12,7 @@ from composer.utils import get_device, parse_uri
 from composer_sam.recipes.arguments import check_time
 from composer_sam.recipes.components import build_components, build_optimizer, build_parallelism, trainer_arguments
 from composer_sam.recipes.errors import RecipeError
+from composer_sam.recipes.own import check_own
 from composer_sam.recipes.save_folder import check_folder
 from composer_sam.recipes.schema import Recipe
 
@@ -26,6 +27,7 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         RecipeError: a value is not valid.
     """
+    check_own(recipe.data, recipe.model)
     build_components(recipe)
     build_optimizer(recipe, [torch.nn.Parameter(torch.zeros(1))])
     trainer_arguments(recipe)
@@ -34,6 +36,8 @@ def check_recipe(recipe: Recipe) -> None:
         check_time(key, getattr(recipe, key))
     if ensure_time(recipe.max_duration, TimeUnit.EPOCH).value <= 0:
         raise RecipeError(f'max_duration: {recipe.max_duration!r} must be > 0')
+    if recipe.early_stopping:
+        _check_early_stopping(recipe)
     try:
         device = get_device(recipe.device)
     except ValueError as error:
@@ -45,3 +49,15 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.load_path is not None and parse_uri(recipe.load_path)[0] == '' and not Path(recipe.load_path).exists():
         raise RecipeError(f'load_path: {recipe.load_path!r} does not exist')
     check_folder(recipe)
+
+
+def _check_early_stopping(recipe: Recipe) -> None:
+    if not recipe.data.validation_fraction:
+        raise RecipeError('early_stopping: true needs validation images, and data.validation_fraction is 0; try 0.1')
+    if ensure_time(recipe.eval_interval, TimeUnit.EPOCH).value <= 0:
+        raise RecipeError(f'early_stopping: true needs tests, and eval_interval is {recipe.eval_interval!r}')
+    if recipe.parallelism:
+        raise RecipeError(
+            'early_stopping: true keeps the weights of one process, and parallelism divides them among several; '
+            'remove one of the two'
+        )

@@ -20,15 +20,27 @@ from composer.loggers import LoggerDestination
 from composer.optim import ComposerScheduler
 from composer.utils.parallelism import FSDP2Config, FSDPConfig, ParallelismConfig
 
+import composer_sam.recipes.tensorboard
 import composer_sam.trainers.composer
 from composer_sam.methods import registry
 from composer_sam.methods.base import SharpnessAware
 from composer_sam.methods.hyperparameters import numeric
 from composer_sam.recipes.arguments import check_arguments, construct
 from composer_sam.recipes.errors import RecipeError, unknown
+from composer_sam.recipes.save_folder import folder_of
 from composer_sam.recipes.schema import Arguments, Recipe
+from composer_sam.recipes.tensorboard import TensorboardLogger
 
-__all__ = ['Components', 'build_components', 'build_optimizer', 'build_parallelism', 'trainer_arguments']
+__all__ = [
+    'Components',
+    'available',
+    'build_components',
+    'build_optimizer',
+    'build_parallelism',
+    'find',
+    'same_name',
+    'trainer_arguments',
+]
 
 T = TypeVar('T')
 
@@ -40,6 +52,14 @@ _SET_BY_RECIPE = (
     *('load_path', 'save_folder', 'save_interval', 'autoresume'),
     *('parallelism_config', 'device', 'precision', 'device_train_microbatch_size'),
 )
+# The keys of a recipe for these arguments, where they are called something else.
+_OTHERWISE = {
+    'train_dataloader': 'data',
+    'eval_dataloader': 'data',
+    'optimizers': 'optimizer',
+    'schedulers': 'scheduler',
+    'parallelism_config': 'parallelism',
+}
 
 
 @dataclass(frozen=True)
@@ -59,11 +79,8 @@ def build_components(recipe: Recipe) -> Components:
         RecipeError: an unknown name or argument, an argument that a constructor refuses, a component that is named
             twice, or two methods.
     """
-    methods: dict[str, type[Algorithm] | type[SharpnessAware]] = {**registry}
-    algorithms = _build_section(
-        'algorithms',
-        recipe.algorithms,
-        {**_classes(composer.algorithms, of=Algorithm), **methods},  # a method replaces Composer's of the same name
+    algorithms: list[Algorithm | SharpnessAware] = _build_section(
+        'algorithms', recipe.algorithms, available('algorithms')
     )
     named = [
         name for name, built in zip(recipe.algorithms, algorithms, strict=True) if isinstance(built, SharpnessAware)
@@ -73,20 +90,48 @@ def build_components(recipe: Recipe) -> Components:
             f'algorithms.{named[1]}: only one method can wrap the optimizer, and there is algorithms.{named[0]}; '
             f'keep one of them ({named[0]}: null removes an inherited one)'
         )
-    callbacks = _classes(composer.callbacks, composer_sam.trainers.composer, of=Callback)
-    loggers = _classes(composer.loggers, of=LoggerDestination, suffix='Logger')
+    destinations: list[LoggerDestination] = _build_section('loggers', recipe.loggers, available('loggers'))
+    for destination in destinations:
+        if isinstance(destination, TensorboardLogger) and destination.log_dir is None:
+            destination.folder = folder_of(recipe)
     return Components(
         algorithms=algorithms,
-        callbacks=_build_section('callbacks', recipe.callbacks, callbacks),
-        loggers=_build_section('loggers', recipe.loggers, loggers),
+        callbacks=_build_section('callbacks', recipe.callbacks, available('callbacks')),
+        loggers=destinations,
         scheduler=_build_scheduler(recipe),
     )
 
 
+def available(section: str) -> dict[str, type[Any]]:
+    """Return the classes that a section of a recipe can name, by name."""
+    if section == 'algorithms':
+        return {**_classes(composer.algorithms, of=Algorithm), **registry}  # ours replace Composer's of the same name
+    if section == 'callbacks':
+        return _classes(composer.callbacks, composer_sam.trainers.composer, of=Callback)
+    if section == 'loggers':
+        return _classes(composer_sam.recipes.tensorboard, composer.loggers, of=LoggerDestination, suffix='Logger')
+    if section == 'scheduler':
+        return _schedulers()
+    return _classes(torch.optim, composer.optim, of=torch.optim.Optimizer)
+
+
+def find(key: str, name: Any, section: str) -> type[Any]:
+    """Return the class that a section names; case, underscores and hyphens do not matter.
+
+    Raises:
+        RecipeError: at ``key``, there is none.
+    """
+    return _find(key, name, available(section))
+
+
+def same_name(one: str, other: str) -> bool:
+    """Return whether two names are spellings of one component."""
+    return _canonical(one) == _canonical(other)
+
+
 def build_optimizer(recipe: Recipe, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """Construct the base optimizer of a recipe for the given parameters."""
-    available = _classes(torch.optim, composer.optim, of=torch.optim.Optimizer)
-    optimizer, arguments = _split_name('optimizer', recipe.optimizer, available)
+    optimizer, arguments = _split_name('optimizer', recipe.optimizer, available('optimizer'))
     checked = check_arguments('optimizer', optimizer, arguments, provided=('params',))
     return construct('optimizer', optimizer, list(parameters), **checked)
 
@@ -107,16 +152,17 @@ def build_parallelism(recipe: Recipe) -> ParallelismConfig | None:
 
 def trainer_arguments(recipe: Recipe) -> dict[str, Any]:
     """Return the checked arguments of the section ``trainer``."""
-    return check_arguments('trainer', Trainer.__init__, recipe.trainer, provided=_SET_BY_RECIPE)
+    instead = {name: _OTHERWISE.get(name, name) for name in _SET_BY_RECIPE if name != 'self'}
+    return check_arguments('trainer', Trainer.__init__, recipe.trainer, provided=_SET_BY_RECIPE, instead=instead)
 
 
-def _build_section(section: str, given: Mapping[str, Arguments], available: Mapping[str, type[T]]) -> list[T]:
+def _build_section(section: str, given: Mapping[str, Arguments], known: Mapping[str, type[T]]) -> list[T]:
     """Construct the components of a section that maps names to arguments."""
     built: list[T] = []
     named: dict[type[T], str] = {}
     for name, arguments in given.items():
         key = f'{section}.{name}'
-        component = _find(key, name, available)
+        component = _find(key, name, known)
         if component in named:
             raise RecipeError(f'{key}: names the same component as {section}.{named[component]}; keep one of them')
         named[component] = name
@@ -165,11 +211,11 @@ def _schedulers() -> dict[str, type[ComposerScheduler]]:
     return _classes(composer.optim, of=ComposerScheduler, suffix='Scheduler')
 
 
-def _split_name(key: str, section: Arguments, available: Mapping[str, type[T]]) -> tuple[type[T], Arguments]:
+def _split_name(key: str, section: Arguments, known: Mapping[str, type[T]]) -> tuple[type[T], Arguments]:
     """Return the class that the key ``name`` of a section names, and the other keys."""
     if 'name' not in section:
-        raise RecipeError(f'{key}.name: is required; valid: {", ".join(sorted(available))}')
-    found = _find(f'{key}.name', section['name'], available)
+        raise RecipeError(f'{key}.name: is required; valid: {", ".join(sorted(known))}')
+    found = _find(f'{key}.name', section['name'], known)
     return found, {name: value for name, value in section.items() if name != 'name'}
 
 
@@ -184,14 +230,14 @@ def _classes(*modules: ModuleType, of: type[T], suffix: str = '') -> dict[str, t
     return found
 
 
-def _find(key: str, name: Any, available: Mapping[str, type[T]]) -> type[T]:
+def _find(key: str, name: Any, known: Mapping[str, type[T]]) -> type[T]:
     """Return the class called ``name``; case, underscores and hyphens do not matter."""
     if not isinstance(name, str):
         raise RecipeError(f'{key}: must be a name, got {name!r}')
-    for candidate, found in available.items():
+    for candidate, found in known.items():
         if _canonical(name) in (_canonical(candidate), _canonical(found.__name__)):
             return found
-    raise unknown('name', key, name, name, available)
+    raise unknown('name', key, name, name, known)
 
 
 def _canonical(name: str) -> str:

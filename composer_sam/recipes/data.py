@@ -17,7 +17,9 @@ from torchvision.transforms import v2
 
 from composer_sam.extras import extra
 from composer_sam.recipes.errors import RecipeError
-from composer_sam.recipes.schema import Cifar, DataSection, Digits, ImageFolder
+from composer_sam.recipes.own import own_data
+from composer_sam.recipes.samples import Samples
+from composer_sam.recipes.schema import Cifar, DataSection, Digits, ImageFolder, OwnData
 
 __all__ = ['Data', 'Images', 'build_data', 'noisy_labels']
 
@@ -26,12 +28,16 @@ Transform = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Data:
-    """A training and a test loader, with the number of classes and the shape of an image (channels, height, width)."""
+    """The loaders of a run, the number of classes, and the shape of a sample: (channels, height, width) of an image.
+
+    ``validation`` is None unless it is wanted beside the test set.
+    """
 
     train: DataLoader
     test: DataLoader
     num_classes: int
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
+    validation: DataLoader | None = None
 
 
 class Images(Dataset):
@@ -93,13 +99,14 @@ class Images(Dataset):
         return part(rest, self.augment), part(chosen, self.plain)
 
 
-def build_data(section: DataSection, seed: int, pin_memory: bool = False) -> Data:
+def build_data(section: DataSection, seed: int, pin_memory: bool = False, keep_test: bool = False) -> Data:
     """Build the loaders of the section ``data`` of a recipe.
 
     Args:
         section: the section.
         seed: the seed of the order of the batches, of the validation images and of augmentation in worker processes.
         pin_memory: whether batches will be copied to a GPU.
+        keep_test: whether validation images have a loader of their own; otherwise they replace the test set.
 
     Raises:
         RecipeError: the data cannot be read, or is too small for the batch size or the validation fraction.
@@ -116,24 +123,26 @@ def build_data(section: DataSection, seed: int, pin_memory: bool = False) -> Dat
         train, test, num_classes = _cifar(section)
     elif isinstance(section, ImageFolder):
         train, test, num_classes = _image_folder(section)
+    elif isinstance(section, OwnData):
+        train, test, num_classes = own_data(section)
     else:
         raise TypeError(f'no data set is built from {type(section).__name__}')
-    train.labels = noisy_labels(train.labels, num_classes, section.label_noise, section.noise_seed)
+    if section.label_noise:
+        train.labels = noisy_labels(train.labels, num_classes, section.label_noise, section.noise_seed)
+    validation = None
     if section.validation_fraction:
-        train, test = train.held_out(section.validation_fraction, seed)
-        if not len(test):
+        train, validation = train.held_out(section.validation_fraction, seed)
+        if not len(validation):
             raise RecipeError(
                 f'data.validation_fraction: {section.validation_fraction} of {len(train)} training images is none; '
                 'choose a larger one, or 0 to test on the test set',
             )
+        if not keep_test:
+            test, validation = validation, None
     if len(train) < section.batch_size:
         raise RecipeError(f'data.batch_size: {section.batch_size} is more than the {len(train)} training images')
 
-    channels, height, width = test[0][0].shape
-    # Composer warns about a batch that is smaller than the batch size of the loader.
-    eval_batch_size = min(section.eval_batch_size or section.batch_size, len(test))
-
-    def loader(images: Images, batch_size: int, training: bool) -> DataLoader:
+    def loader(images: Images | Samples, batch_size: int, training: bool) -> DataLoader:
         return DataLoader(
             images,
             batch_size=batch_size,
@@ -147,11 +156,17 @@ def build_data(section: DataSection, seed: int, pin_memory: bool = False) -> Dat
             generator=torch.Generator().manual_seed(seed + dist.get_global_rank()),
         )
 
+    def tests(images: Images | Samples) -> DataLoader:
+        # Composer warns about a batch that is smaller than the batch size of the loader.
+        eval_batch_size = min(section.eval_batch_size or section.batch_size, len(images))
+        return loader(images, -(-eval_batch_size // world_size), training=False)
+
     return Data(
         train=loader(train, section.batch_size // world_size, training=True),
-        test=loader(test, -(-eval_batch_size // world_size), training=False),
+        test=tests(test),
+        validation=None if validation is None else tests(validation),
         num_classes=num_classes,
-        image_shape=(channels, height, width),
+        image_shape=tuple(test[0][0].shape),
     )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
 
 from composer.core import Callback, State
 from composer.loggers import Logger
+
+from composer_sam.recipes.early_stopping import VALIDATION, EarlyStopping, Stop, epochs_of, is_finished, measured
 
 __all__ = ['History', 'is_finished']
 
@@ -17,20 +18,40 @@ class History(Callback):
     Attributes:
         train: the columns ``epoch`` and ``loss``, the mean loss over the steps of the epoch.
         test: the columns ``epoch``, ``accuracy`` and ``loss``.
+        validation: the same columns on the validation images, empty without ``early_stopping``.
+        stop: the epoch that ``early_stopping`` has chosen; None without it.
         steps: the number of steps that this process has trained.
+        total: the number of steps of the whole run, with those before the checkpoint from which it was resumed.
     """
 
     def __init__(self) -> None:
         self.train: dict[str, list[float]] = {'epoch': [], 'loss': []}
         self.test: dict[str, list[float]] = {'epoch': [], 'accuracy': [], 'loss': []}
+        self.validation: dict[str, list[float]] = {'epoch': [], 'accuracy': [], 'loss': []}
+        self.stop: Stop | None = None
         self.steps = 0
+        self.total = 0
         self._losses: list[float] = []
         self._seconds: list[float] = []
 
     def __str__(self) -> str:
-        tested = f'test accuracy {self.test["accuracy"][-1]:.2%}, test loss {self.test["loss"][-1]:.4f}'
-        trained = f'{self.steps} steps of {1000 * self.seconds_per_step:.2f} ms' if self.steps else 'no further steps'
-        return f'{tested} after {trained}'
+        tested = f'test accuracy {self.accuracy:.2%}, test loss {self.loss:.4f}'
+        if self.stop is not None:
+            tested += f' at epoch {self.stop.epoch:g}, chosen on validation images,'
+        if not self.steps:
+            return f'{tested} after {self.total} steps; nothing was left to do'
+        earlier = f' ({self.steps} of them in this call)' if self.steps < self.total else ''
+        return f'{tested} after {self.total} steps{earlier} of {1000 * self.seconds_per_step:.2f} ms'
+
+    @property
+    def accuracy(self) -> float:
+        """Test accuracy at the end, or at the epoch that ``early_stopping`` has chosen."""
+        return self.test['accuracy'][-1] if self.stop is None else self.stop.accuracy
+
+    @property
+    def loss(self) -> float:
+        """Test loss at the end, or at the epoch that ``early_stopping`` has chosen."""
+        return self.test['loss'][-1] if self.stop is None else self.stop.loss
 
     @property
     def seconds_per_step(self) -> float:
@@ -47,6 +68,7 @@ class History(Callback):
         before = state.previous_timestamp.total_wct if state.previous_timestamp is not None else timedelta()
         self._seconds.append((state.timestamp.total_wct - before).total_seconds())
         self.steps += 1
+        self.total = state.timestamp.batch.value
 
     def epoch_end(self, state: State, logger: Logger) -> None:
         del logger
@@ -54,34 +76,20 @@ class History(Callback):
 
     def fit_end(self, state: State, logger: Logger) -> None:
         del logger
-        self._close_epoch(_epochs(state))
+        self._close_epoch(epochs_of(state))
 
     def eval_end(self, state: State, logger: Logger) -> None:
         del logger
-        accuracy, loss = _summary(state)
-        self.test['epoch'].append(_epochs(state))
-        self.test['accuracy'].append(accuracy)
-        self.test['loss'].append(loss)
+        accuracy, loss = measured(state)
+        self.total = state.timestamp.batch.value
+        curve = self.validation if state.dataloader_label == VALIDATION else self.test
+        curve['epoch'].append(epochs_of(state))
+        curve['accuracy'].append(accuracy)
+        curve['loss'].append(loss)
+        self.stop = next((one.stop for one in state.callbacks if isinstance(one, EarlyStopping)), None)
 
     def _close_epoch(self, epoch: float) -> None:
         if self._losses:
             self.train['epoch'].append(epoch)
             self.train['loss'].append(sum(self._losses) / len(self._losses))
             self._losses.clear()
-
-
-def is_finished(state: State) -> bool:
-    """Return whether training has reached its ``max_duration``."""
-    return state.max_duration is not None and state.timestamp.get(state.max_duration.unit) >= state.max_duration
-
-
-def _summary(state: State) -> tuple[float, float]:
-    """Return the accuracy and the cross-entropy of the last test."""
-    values: dict[str, Any] = state.eval_metric_values
-    return float(values['MulticlassAccuracy']), float(values['CrossEntropy'])
-
-
-def _epochs(state: State) -> float:
-    """Return the number of trained epochs, with a fraction for the current one."""
-    steps_per_epoch = len(state.train_dataloader)  # pyright: ignore[reportArgumentType]
-    return state.timestamp.epoch.value + state.timestamp.batch_in_epoch.value / steps_per_epoch

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,14 +14,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from composer_sam.recipes.check import check_recipe
-from composer_sam.recipes.errors import RecipeError, nearest
+from composer_sam.recipes.errors import RecipeError
+from composer_sam.recipes.layers import Layer, as_content, leaves, merge, overlay_line, removals
 from composer_sam.recipes.models import plain_models
+from composer_sam.recipes.naming import NamedFile, name_of, on_the_command_line
+from composer_sam.recipes.parameters import COMPONENT_SECTIONS
 from composer_sam.recipes.schema import Recipe, parse_recipe
 
-__all__ = ['COMPONENT_SECTIONS', 'is_override', 'load_mapping', 'load_recipe']
+__all__ = ['is_override', 'load_recipe']
 
-# Sections that map the name of a component to its arguments. In them null removes a component inherited from the base.
-COMPONENT_SECTIONS = ('algorithms', 'callbacks', 'loggers')
+_log = logging.getLogger(__name__)
 
 
 def is_override(argument: str) -> bool:
@@ -31,44 +35,93 @@ def load_recipe(
     path: str | Path,
     overlays: Sequence[str | Path] = (),
     overrides: Iterable[str] = (),
+    tell: Callable[[str], object] = _log.warning,
 ) -> Recipe:
     """Read, merge and check a recipe without building or training anything.
 
+    A null removes a key that a base or an earlier overlay has set.
+
     Args:
-        path: the YAML file of the recipe.
+        path: the YAML file of the recipe; overlays can follow it, joined by ``+``: ``sgd.yaml+gam.yaml``.
         overlays: further YAML files, each merged over the ones before it.
         overrides: ``dotted.key=value``, merged over all files.
+        tell: called with a line about every overlay, every component that is replaced by another and every key that is
+            removed, if the recipe is valid.
 
     Raises:
         RecipeError: a file cannot be read or merged, or a value is not valid.
     """
-    mapping = load_mapping(path, overlays, overrides)
-    mapping.setdefault('name', Path(path).stem)
-    recipe = parse_recipe(mapping, plain_models())
+    files = [one for given in (path, *overlays) for one in _split(given)]
+    lines: list[str] = []
+    named: list[NamedFile] = []
+    nulls: dict[tuple[str, ...], bool] = {}
+    merged: dict[str, Any] = {}
+    for index, file in enumerate(files):
+        chain = _chain(file)
+        before, own = merged, {}
+        for one, content in chain:
+            replaced: list[str] = []
+            merged = _merged(merged, Layer(str(one), content), replaced, nulls)
+            # A file knows what its own base says: what is lost of it is said all the same.
+            lines += replaced if index else [line for line in replaced if ': dropped ' in line]
+            own = merge(own, Layer(str(one), content)) if index and len(chain) > 1 else content
+        named.append(NamedFile(chain, own if index else merged, merged))
+        if index:
+            lines.append(overlay_line(str(file), [str(one) for one in files[:index]], own, before))
+    # What an overlay removes is in its line.
+    merged = {section: _without_removed(section, content) for section, content in merged.items()}
+    command_line = Layer('the command line', _parse_overrides(overrides))
+    everything = _merged(merged, command_line, lines, nulls)
+    everything['name'] = _name(named, merged, everything, command_line.content)
+    recipe = parse_recipe(_resolved(everything, path), plain_models())
     check_recipe(recipe)
+    everything['name'] = recipe.name  # a null of a name is what it says: the next one is taken
+    lines += removals(everything, nulls, recipe)
+    for line in dict.fromkeys(lines):
+        tell(line)
     return recipe
 
 
-def load_mapping(
-    path: str | Path, overlays: Sequence[str | Path] = (), overrides: Iterable[str] = ()
-) -> dict[str, Any]:
-    """Read a recipe with its bases, merge the overlays and then the overrides, and resolve interpolations.
+def _without_removed(section: str, content: Any) -> Any:
+    if section not in COMPONENT_SECTIONS or not isinstance(content, dict):
+        return content
+    return {name: arguments for name, arguments in content.items() if arguments is not None}
 
-    A null removes a key that a base or an earlier overlay has set.
-    """
-    config = OmegaConf.create({})
-    for file in (path, *overlays):
-        config = _read(Path(file), (), config)
-    config = _merge(config, _parse_overrides(overrides), 'the command line')
+
+def _name(files: Sequence[NamedFile], merged: dict[str, Any], everything: dict[str, Any], given: dict[str, Any]) -> Any:
+    if given.get('name') is not None:
+        return given['name']
+    name = name_of(files, ignore_names='name' in given)
+    return name + on_the_command_line(merged, everything) if isinstance(name, str) else name
+
+
+def _merged(
+    below: dict[str, Any], layer: Layer, lines: list[str], nulls: dict[tuple[str, ...], bool]
+) -> dict[str, Any]:
+    """Merge a layer, and note for each of its nulls whether a layer below has set the key."""
+    was = {parts for parts, _ in leaves(below)}
+    for parts, value in leaves(layer.content):
+        if value is None:
+            nulls[parts] = nulls.get(parts, False) or any(one[: len(parts)] == parts for one in was)
+    return merge(below, layer, lines)
+
+
+def _resolved(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
     try:
-        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        resolved = OmegaConf.to_container(OmegaConf.create(content), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise RecipeError(f'{error.full_key or path}: {error.msg or error}') from None
     return cast(dict[str, Any], _without_nulls(resolved))
 
 
-def _read(path: Path, children: tuple[Path, ...], below: DictConfig) -> DictConfig:
-    """Merge a file over ``below``, after the file that its ``base`` names (relative to it)."""
+def _split(path: str | Path) -> list[Path]:
+    """Return the recipe and its overlays, which are joined by ``+``; a file can have a plus in its name."""
+    text = str(path)
+    return [Path(path)] if Path(path).exists() else [Path(part) for part in text.split('+') if part] or [Path(path)]
+
+
+def _chain(path: Path, children: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+    """Return what a file says, after what its bases say (relative to it), with their paths."""
     if not path.is_file():
         raise RecipeError(f'recipe {str(path)!r} does not exist{_suggestion(path)}')
     if path.resolve() in children:
@@ -79,39 +132,27 @@ def _read(path: Path, children: tuple[Path, ...], below: DictConfig) -> DictConf
         raise RecipeError(f'{path}: not valid YAML: {error}') from None
     if not isinstance(config, DictConfig):
         raise RecipeError(f'{path}: a recipe is a mapping of keys to values, got a list')
-    base = config.pop('base', None)
+    content = as_content(config)
+    base = content.pop('base', None)
     if base is None:
-        return _merge(below, config, str(path))
+        return [(path, content)]
     if not isinstance(base, str):
         raise RecipeError(f'base: must be the path of a recipe relative to {path}, got {base!r}')
-    return _merge(_read(path.parent / base, (*children, path.resolve()), below), config, str(path))
+    return [*_chain(path.parent / base, (*children, path.resolve())), (path, content)]
 
 
-def _merge(base: DictConfig, overlay: DictConfig, origin: str) -> DictConfig:
-    """Merge ``overlay`` over ``base``; a null for a component that ``base`` does not have is an error."""
-    for section in COMPONENT_SECTIONS:
-        components = overlay.get(section)
-        if not isinstance(components, DictConfig):
-            continue
-        for name in components:
-            if components[name] is None and name not in (base.get(section) or {}):
-                raise RecipeError(
-                    f'{section}.{name}: null in {origin} removes an inherited component, and none is inherited; '
-                    f'write {name}: {{}} to use it with its defaults',
-                )
-    try:
-        return cast(DictConfig, OmegaConf.merge(base, overlay))
-    except OmegaConfBaseException as error:
-        raise RecipeError(f'{origin}: {error}') from None
-
-
-def _parse_overrides(overrides: Iterable[str]) -> DictConfig:
+def _parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     overrides = list(overrides)
     for override in overrides:
         if not is_override(override):
             raise RecipeError(f'override {override!r} is not of the form dotted.key=value')
+        key, _, value = override.partition('=')
+        if not value.strip():
+            raise RecipeError(
+                f'{key}: has no value on the command line; give one, or write {key}=null to remove the key'
+            )
     try:
-        return OmegaConf.from_dotlist(overrides)
+        return as_content(OmegaConf.from_dotlist(overrides))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise RecipeError(f'overrides {" ".join(overrides)!r}: {error}') from None
 
@@ -123,7 +164,8 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _suggestion(path: Path) -> str:
-    """Return a suggestion of existing recipes for a path that does not exist."""
+    """Return a suggestion of the existing files whose paths are the most similar to one that does not exist."""
     existing = next((parent for parent in path.parents if parent.is_dir()), Path())
     found = {str(match) for match in existing.glob('*.yaml')} | {str(match) for match in Path('yamls').rglob('*.yaml')}
-    return f'; {nearest(str(path), found)}' if found else ''
+    close = difflib.get_close_matches(str(path), sorted(found), n=3, cutoff=0.0)
+    return f'; did you mean {" or ".join(close)}?' if close else '; there is no YAML file here'

@@ -17,7 +17,8 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from composer_sam.recipes.errors import RecipeError
-from composer_sam.recipes.schema import CNN, MLP, ModelSection, WideResNet
+from composer_sam.recipes.own import own_model
+from composer_sam.recipes.schema import CNN, MLP, ModelSection, OwnModel, WideResNet
 
 __all__ = ['WideResidualNetwork', 'build_model', 'cifar_resnet', 'plain_models']
 
@@ -31,33 +32,30 @@ def plain_models() -> list[str]:
     return [*_CIFAR_RESNETS, *torchvision.models.list_models(module=torchvision.models)]
 
 
-def build_model(section: ModelSection, image_shape: tuple[int, int, int], num_classes: int) -> ComposerClassifier:
+def build_model(section: ModelSection, image_shape: tuple[int, ...], num_classes: int) -> ComposerClassifier:
     """Build the network of the section ``model`` of a recipe.
 
     The weights are drawn from torch's global random stream, which must be seeded before.
 
     Args:
         section: the section.
-        image_shape: the channels, height and width of an image.
+        image_shape: the channels, height and width of an image; the shape of a sample of another kind.
         num_classes: the number of classes.
 
     Raises:
-        RecipeError: the network does not take images with this number of channels.
+        RecipeError: the network does not take samples of this shape.
     """
-    channels = image_shape[0]
     if isinstance(section, MLP):
         module = mlp([math.prod(image_shape), *section.hidden, num_classes])
-    elif isinstance(section, CNN):
-        module = cnn(channels, section.width, num_classes)
-    elif isinstance(section, WideResNet):
-        module = WideResidualNetwork(channels, num_classes, section.depth, section.widen, section.dropout)
-    elif section.name in _CIFAR_RESNETS:
-        module = cifar_resnet(_CIFAR_RESNETS[section.name], channels, num_classes)
-    elif channels != 3:
-        raise RecipeError(f'model.name: {section.name!r} takes images of 3 channels, the data has {channels}')
+    elif isinstance(section, OwnModel):
+        module = own_model(section, image_shape, num_classes)
+    elif len(image_shape) != 3:
+        raise RecipeError(
+            f'model.name: {section.name!r} takes images (channels, height, width), the data has samples of shape '
+            f'{image_shape}; choose mlp, or a function of your own'
+        )
     else:
-        extra: dict[str, Any] = _WITHOUT_AUXILIARY.get(section.name, {})
-        module = torchvision.models.get_model(section.name, weights=None, num_classes=num_classes, **extra)
+        module = _for_images(section, image_shape[0], num_classes)
     # Composer's FSDP shards the marked modules only.
     for child in module.children():
         if any(True for _ in child.parameters()):
@@ -69,6 +67,19 @@ def build_model(section: ModelSection, image_shape: tuple[int, int, int], num_cl
         train_metrics=MetricCollection([accuracy()]),
         val_metrics=MetricCollection([CrossEntropy(), accuracy()]),
     )
+
+
+def _for_images(section: ModelSection, channels: int, num_classes: int) -> nn.Module:
+    if isinstance(section, CNN):
+        return cnn(channels, section.width, num_classes)
+    if isinstance(section, WideResNet):
+        return WideResidualNetwork(channels, num_classes, section.depth, section.widen, section.dropout)
+    if section.name in _CIFAR_RESNETS:
+        return cifar_resnet(_CIFAR_RESNETS[section.name], channels, num_classes)
+    if channels != 3:
+        raise RecipeError(f'model.name: {section.name!r} takes images of 3 channels, the data has {channels}')
+    extra: dict[str, Any] = _WITHOUT_AUXILIARY.get(section.name, {})
+    return torchvision.models.get_model(section.name, weights=None, num_classes=num_classes, **extra)
 
 
 def mlp(widths: list[int]) -> nn.Sequential:

@@ -13,7 +13,7 @@ from composer_sam.files import write_whole
 from composer_sam.recipes.errors import RecipeError
 from composer_sam.recipes.schema import Recipe
 
-__all__ = ['check_folder', 'folder_of', 'make_folder', 'save_config']
+__all__ = ['as_yaml', 'check_folder', 'folder_of', 'make_folder', 'newest_checkpoint', 'save_config']
 
 
 def folder_of(recipe: Recipe) -> Path | None:
@@ -56,4 +56,19 @@ def make_folder(folder: Path) -> None:
 
 def save_config(recipe: Recipe, folder: Path) -> None:
     """Write the resolved recipe to ``config.yaml`` in the folder."""
-    write_whole(folder / 'config.yaml', OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump(exclude_none=True))))
+    write_whole(folder / 'config.yaml', as_yaml(recipe))
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML, from which it can be loaded again."""
+    return OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump(exclude_none=True)))
+
+
+def newest_checkpoint(recipe: Recipe) -> Path | None:
+    """Return the checkpoint from which ``autoresume`` goes on, None if there is none yet."""
+    folder = folder_of(recipe)
+    if folder is None or not recipe.autoresume:
+        return None
+    name = recipe.trainer.get('save_latest_filename', 'latest-rank{rank}.pt')
+    latest = folder / format_name_with_dist(name, run_name=recipe.run_name or recipe.name)
+    return latest.parent / latest.resolve().name if latest.exists() else None

@@ -26,6 +26,8 @@ __all__ = [
     'Digits',
     'ImageFolder',
     'ModelSection',
+    'OwnData',
+    'OwnModel',
     'Recipe',
     'WideResNet',
     'parse_recipe',
@@ -55,7 +57,8 @@ class DataSection(_Section):
         label_noise: the fraction of the training labels that is replaced by another class, drawn uniformly.
         noise_seed: the seed of the label noise; runs with different ``seed`` have the same wrong labels.
         validation_fraction: the fraction of the training images, with their label noise, that is held out and replaces
-            the test set, for choosing hyper-parameters. The ``seed`` of the recipe determines these images.
+            the test set, for choosing hyper-parameters. The ``seed`` of the recipe determines these images. With
+            ``early_stopping`` it does not replace the test set.
     """
 
     name: str
@@ -135,6 +138,17 @@ class ImageFolder(_ImageSection):
     cache_mb: NonNegativeInt = 1024
 
 
+class OwnData(DataSection):
+    """The name of a function of the user's own that returns the data, the keys of every data set, and its arguments."""
+
+    model_config = ConfigDict(extra='allow')
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the function."""
+        return dict(self.model_extra or {})
+
+
 class ModelSection(_Section):
     """A torchvision classifier or a ResNet with a CIFAR stem, which have no options besides the name."""
 
@@ -187,6 +201,17 @@ class WideResNet(ModelSection):
         return depth
 
 
+class OwnModel(ModelSection):
+    """The name of a function of the user's own that returns the network, and its arguments."""
+
+    model_config = ConfigDict(extra='allow')
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the function."""
+        return dict(self.model_extra or {})
+
+
 Arguments = dict[str, Any]
 
 
@@ -202,15 +227,23 @@ class Recipe(_Section):
         device: the device to train on; if not given, a GPU if there is one.
         max_duration: the length of training, > 0.
         eval_interval: the interval between tests.
-        data: the data set, see :class:`Digits`, :class:`Cifar` and :class:`ImageFolder`.
-        model: the network, see :class:`MLP`, :class:`CNN`, :class:`WideResNet` and :class:`ModelSection`.
+        early_stopping: whether the result of the run is the test of the epoch that is the most accurate on the
+            validation images, of which ``data.validation_fraction`` > 0 says how many; the test set plays no part in
+            the choice. The run goes on to its end; then the network gets the weights of that epoch.
+        stop_at_nonfinite: the number of steps in a row with a training loss that is not finite after which the run is
+            stopped and has failed; 0 to train to the end. A run whose loss is not finite at the end has failed too.
+        data: the data set, see :class:`Digits`, :class:`Cifar`, :class:`ImageFolder` and :class:`OwnData`.
+        model: the network, see :class:`MLP`, :class:`CNN`, :class:`WideResNet`, :class:`ModelSection` and
+            :class:`OwnModel`.
         optimizer: the name and arguments of a class of ``torch.optim`` or ``composer.optim``.
         scheduler: the name and arguments of a scheduler of ``composer.optim``.
         algorithms: arguments by name of methods of this package and of ``composer.algorithms``. The ``schedules`` of
             a method name a scheduler: ``{rho: {cosine_annealing: {t_max: 1dur}}}``.
         callbacks: arguments by name of ``composer.callbacks`` and of the monitors of this package.
-        loggers: arguments by name of ``composer.loggers``.
-        save_folder: the local directory for checkpoints and the resolved recipe.
+        loggers: arguments by name of ``composer.loggers``. Without ``log_dir`` those of ``tensorboard`` lie in
+            ``save_folder``. The commands show a progress bar of their own; ``trainer.progress_bar`` is Composer's.
+        save_folder: the local directory of the run: its checkpoints, the resolved recipe as ``config.yaml``, and the
+            event files of the logger ``tensorboard``.
         save_interval: the interval between checkpoints.
         autoresume: whether to resume from the newest checkpoint in ``save_folder``.
         load_path: the checkpoint to start from.
@@ -228,6 +261,8 @@ class Recipe(_Section):
     device: Literal['cpu', 'gpu', 'mps', 'tpu'] | None = None
     max_duration: Duration
     eval_interval: str | NonNegativeInt = 1
+    early_stopping: bool = False
+    stop_at_nonfinite: NonNegativeInt = 10
     data: SerializeAsAny[DataSection]
     model: SerializeAsAny[ModelSection]
     optimizer: Arguments
@@ -267,20 +302,27 @@ def parse_recipe(mapping: dict[str, Any], plain_models: list[str]) -> Recipe:
         RecipeError: a key is unknown or missing, or a value is of the wrong type or out of its range.
     """
     models = MODELS | dict.fromkeys(plain_models, ModelSection)
-    sections: dict[str, Mapping[str, type[_Section]]] = {'data': DATA, 'model': models}
-    parsed = {key: _parse_named(key, mapping[key], known) for key, known in sections.items() if key in mapping}
+    parsed: dict[str, _Section] = {}
+    if 'data' in mapping:
+        parsed['data'] = _parse_named('data', mapping['data'], DATA, OwnData)
+    if 'model' in mapping:
+        parsed['model'] = _parse_named('model', mapping['model'], models, OwnModel)
     return _parse_section(Recipe, mapping | parsed, '')
 
 
-def _parse_named(key: str, values: Any, known: Mapping[str, type[S]]) -> S:
-    """Check a section whose ``name`` determines its keys."""
+def _parse_named(key: str, values: Any, known: Mapping[str, type[S]], own: type[S]) -> S:
+    """Check a section whose ``name`` determines its keys; ``own`` has those of a function of the user's own."""
     if not isinstance(values, dict):
         raise RecipeError(f'{key}: must be a mapping with a name, got {values!r}')
     name = values.get('name')
     if name is None:
         raise RecipeError(f'{key}.name: is required; valid: {", ".join(sorted(known))}')
+    if isinstance(name, str) and ':' in name:
+        return _parse_section(own, values, f'{key}.')
     if name not in known:
-        raise unknown('name', f'{key}.name', name, str(name), known)
+        own_path = isinstance(name, str) and '.' in name
+        hint = '; a function of your own is written package.module:function' if own_path else ''
+        raise RecipeError(f'{unknown("name", f"{key}.name", name, str(name), known)}{hint}')
     return _parse_section(known[name], values, f'{key}.')
 
 

@@ -6,7 +6,7 @@ import functools
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,17 @@ from composer_sam.diagnostics.measure import Measurements
 from composer_sam.extras import extra
 from composer_sam.files import write_whole
 from composer_sam.landscapes.pictures import png
-from composer_sam.recipes import History, Recipe, RecipeError, build_trainer, load_recipe
-from composer_sam.studies.console import progress_bar
+from composer_sam.recipes import Recipe, RecipeError, load_recipe
+from composer_sam.studies.console import console, note, progress_bar
+from composer_sam.studies.kept import finished_runs, results_folder, train_missing
 from composer_sam.studies.landscape import Request, landscapes
-from composer_sam.studies.parallel import Report, RunError, make_folder, share_cores, train_all, with_seed
-from composer_sam.studies.problem import build_problem
+from composer_sam.studies.parallel import Report, RunError, share_cores, with_seed
+from composer_sam.studies.problem import build_problem, described
 from composer_sam.studies.report import write_pictures
+from composer_sam.studies.run import Curves, StudyRun, config_of, file_name, trained
 from composer_sam.studies.sharpness import Sharpness, measure_trained
 
 with extra('composer', __name__):
-    from rich.console import Console
     from rich.table import Table
 with extra('diagnostics', __name__):
     from matplotlib.figure import Figure
@@ -34,6 +35,10 @@ with extra('diagnostics', __name__):
 __all__ = ['Run', 'RunError', 'compare', 'draw', 'tabulate', 'tabulate_sharpness']
 
 _SHARPNESS = Sharpness()
+_CHOSEN = (
+    'the result of the epoch with the best accuracy on validation images, {:g} % of the training images with their '
+    'label noise; the test set plays no part in the choice'
+)
 _MEASURES = ('loss', 'top_eigenvalue', 'trace', 'sam_sharpness')
 
 
@@ -58,30 +63,53 @@ class Run:
     """The result of one run.
 
     Attributes:
+        name: the name of the run and of its file.
         recipe: the name of the recipe.
         seed: the seed of the run.
         steps: optimizer steps.
         seconds_per_step: mean wall time of a step, without testing.
-        accuracy: test accuracy at the end.
-        loss: test loss at the end.
+        accuracy: test accuracy at the end, or at the epoch that ``early_stopping`` has chosen.
+        loss: test loss there.
+        how: how many runs were trained side by side, with how many threads.
+        config: everything the result depends on.
         train: training loss by epoch.
         test: test accuracy and loss by epoch.
         sharpness: the measurements of the trained network; None if it was not to be measured.
+        stop_epoch: the epoch that ``early_stopping`` has chosen; None without it.
+        validation: accuracy and loss on the validation images by epoch; empty without ``early_stopping``.
     """
 
+    name: str
     recipe: str
     seed: int
     steps: int
     seconds_per_step: float
     accuracy: float
     loss: float
+    how: str
+    config: dict[str, Any]
     train: dict[str, list[float]]
     test: dict[str, list[float]]
     sharpness: Measurements | None = None
+    stop_epoch: float | None = None
+    validation: dict[str, list[float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON's own types."""
         return {**vars(self), 'sharpness': None if self.sharpness is None else self.sharpness.as_dict()}
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Run:
+        """Return the result that :meth:`to_json` turned into ``found``.
+
+        Raises:
+            TypeError: a key is missing, or there is an unknown one.
+        """
+        measured = found['sharpness']
+        if measured is not None:
+            known = {key: value for key, value in measured.items() if key != 'top_eigenvalue'}
+            measured = Measurements(eigenvalues=(measured['top_eigenvalue'],), **known)
+        return cls(**{**found, 'sharpness': measured})
 
 
 def compare(
@@ -96,11 +124,11 @@ def compare(
     """Train every recipe with ``seeds`` seeds, print a table, and write ``comparison.png`` and ``results.json``.
 
     The seeds are the recipe's own and those that follow it. The runs of different recipes alternate, so that runs side
-    by side slow all recipes down by the same amount. Checkpoints are saved to one folder per run, if a recipe saves
-    any.
+    by side slow all recipes down by the same amount. Every finished run is one file in ``out/runs`` and is not trained
+    again. Checkpoints are saved to one folder per run, if a recipe saves any; then an interrupted run is resumed.
 
     Args:
-        paths: the files of the recipes; costs are relative to the first.
+        paths: the files of the recipes, with overlays joined by ``+``; costs are relative to the first.
         overrides: ``dotted.key=value``, laid over every recipe.
         seeds: the number of runs per recipe.
         out: the folder of the picture and the results.
@@ -109,53 +137,66 @@ def compare(
         landscape: draw the loss around the network of every recipe's first seed, all on the same scale.
 
     Raises:
-        RecipeError: a recipe or ``out`` is not valid; nothing has been trained.
-        RunError: a run failed.
+        RecipeError: a recipe or ``out`` is not valid, or ``out`` holds runs of another comparison.
+        RunError: runs failed; the others are finished.
     """
-    recipes = _load(paths, overrides)
+    lines: list[str] = []
+    recipes = _load(paths, overrides, lines.append)
     if landscape:
         _check_alike(recipes)
-    runs = [with_seed(recipe, recipe.seed + offset) for offset in range(seeds) for recipe in recipes]
-    make_folder(out)
-    jobs, threads = share_cores(runs, jobs)
-    finished: dict[tuple[str, int], Run] = {}
-
-    def receive(recipe: Recipe, result: Run | Exception) -> None:
-        if isinstance(result, Exception):
-            raise result
-        finished[recipe.name, recipe.seed] = result
-
-    kept = _kept(runs[: len(recipes)], out) if landscape else {}
-    work = functools.partial(_train, sharpness=sharpness, kept=kept)
-    train_all(runs, work, receive, jobs, threads)
-    results = [finished[recipe.name, recipe.seed] for recipe in runs]
-
+    runs = _plan(recipes, seeds, out, sharpness)
+    networks = {run.name: out / 'landscape' / f'{run.name}.pt' for run in runs[: len(recipes)]} if landscape else {}
+    finished = finished_runs(runs, Run.from_json, lambda run: run.name not in networks or networks[run.name].exists())
+    for line in dict.fromkeys(lines):
+        note(line)
+    jobs, threads = share_cores([run.recipe for run in runs], jobs)
     how = f'{jobs} runs side by side, {threads} {"thread" if threads == 1 else "threads"} each'
+    by_name = {str(run.recipe.run_name): run for run in runs}
+    work = functools.partial(_train, runs=by_name, networks=networks, how=how, sharpness=sharpness)
+    with results_folder(out, 'runs', *(['landscape'] * landscape)):
+        if not networks.keys() <= finished.keys():
+            for file in (out / 'landscape').glob('*.npz'):
+                file.unlink()  # its landscape is that of another network
+        done, failures = train_missing(runs, finished, work, jobs, threads)
+    if failures:
+        raise RunError(f'{len(failures)} of {len(runs)} runs failed: {"; ".join(map(str, failures))}')
+    results = [done[run.name] for run in runs]
+
+    how = ' or '.join(dict.fromkeys(run.how for run in results))
     report = {'how': how, 'runs': [run.to_json() for run in results]}
     write_whole(out / 'results.json', json.dumps(report, indent=1))
     picture = out / 'comparison.png'
-    write_whole(picture, png(draw(results)))
-    pictures = _landscape(recipes, list(kept.values()), out, jobs) if landscape else []
-    console = Console(highlight=False, markup=False)
-    console.print(tabulate(results))
+    write_whole(
+        picture, png(draw(results, described((recipe.data.name, recipe.data.label_noise) for recipe in recipes)))
+    )
+    pictures = _landscape(recipes, list(networks.values()), out, jobs) if landscape else []
+    stdout = console()
+    stdout.print(tabulate(results))
+    for recipe in recipes:
+        if recipe.early_stopping:
+            stdout.print(f'{recipe.name}: {_CHOSEN.format(100 * recipe.data.validation_fraction)}', soft_wrap=True)
     if sharpness:
-        console.print(tabulate_sharpness(results))
-        console.print(
+        stdout.print(tabulate_sharpness(results))
+        stdout.print(
             f'of the Hessian on {_SHARPNESS.samples} training samples; '
             f'SAM sharpness: the growth of their loss within {_SHARPNESS.rho:g}',
             soft_wrap=True,
         )
-    console.print(f'{how}; curves in {picture}, numbers in {out / "results.json"}', soft_wrap=True)
+    stdout.print(f'{how}; curves in {picture}, numbers in {out / "results.json"}', soft_wrap=True)
     if pictures:
-        console.print(f'landscapes in {", ".join(map(str, pictures))}', soft_wrap=True)
+        stdout.print(f'landscapes in {", ".join(map(str, pictures))}', soft_wrap=True)
     return results
 
 
 def tabulate(runs: Sequence[Run]) -> Table:
-    """Return a table with a row per recipe: mean and standard deviation over the seeds, and the cost of a step."""
+    """Return a table with a row per recipe: mean and standard deviation over the seeds, and the cost of a step.
+
+    Where a recipe has ``early_stopping``, the table has the epochs of the results, in the order of the seeds.
+    """
     table = Table(box=None, pad_edge=False)
     table.add_column('recipe')
-    for heading in ('seeds', 'test accuracy', 'test loss', 'ms per step', 'cost'):
+    stopped = any(run.stop_epoch is not None for run in runs)
+    for heading in ('seeds', *(['epoch'] * stopped), 'test accuracy', 'test loss', 'ms per step', 'cost'):
         table.add_column(heading, justify='right')
     grouped = _by_recipe(runs)
     baseline = statistics.fmean(run.seconds_per_step for run in next(iter(grouped.values())))
@@ -164,6 +205,7 @@ def tabulate(runs: Sequence[Run]) -> Table:
         table.add_row(
             name,
             str(len(group)),
+            *([_epochs(group)] * stopped),
             _spread([100 * run.accuracy for run in group], 1, ' %'),
             _spread([run.loss for run in group], 3),
             _spread([1000 * second for second in seconds], 2),
@@ -187,35 +229,53 @@ def tabulate_sharpness(runs: Sequence[Run]) -> Table:
     return table
 
 
-def draw(runs: Sequence[Run]) -> Figure:
-    """Draw test accuracy and training loss by epoch: the mean over the seeds, in a band from lowest to highest."""
-    figure = Figure(figsize=(11, 4.2), layout='constrained')
+def draw(runs: Sequence[Run], about: str = '') -> Figure:
+    """Draw test accuracy and training loss by epoch: the mean over the seeds, in a band from lowest to highest.
+
+    Args:
+        runs: the runs.
+        about: what they were trained on, for the title.
+    """
+    figure = Figure(figsize=(11, 5), layout='constrained')
     accuracy, loss = figure.subplots(1, 2)
-    for name, group in _by_recipe(runs).items():
+    grouped = _by_recipe(runs)
+    for index, (name, group) in enumerate(grouped.items()):
+        color = f'C{index}'
         for axes, curves, key, scale in (
             (accuracy, [run.test for run in group], 'accuracy', 100),
             (loss, [run.train for run in group], 'loss', 1),
         ):
             columns = list(zip(*(curve[key] for curve in curves), strict=False))
             epochs = curves[0]['epoch'][: len(columns)]
-            (line,) = axes.plot(epochs, [scale * statistics.fmean(column) for column in columns], label=name)
+            mean = [scale * statistics.fmean(column) for column in columns]
+            axes.plot(epochs, mean, label=f'{name}, whole run' if group[0].stop_epoch else name, color=color)
             lowest, highest = ([scale * pick(column) for column in columns] for pick in (min, max))
-            axes.fill_between(epochs, lowest, highest, alpha=0.2, color=line.get_color(), linewidth=0)
+            axes.fill_between(epochs, lowest, highest, alpha=0.2, color=color, linewidth=0)
+        stops = [(run.stop_epoch, 100 * run.accuracy) for run in group if run.stop_epoch is not None]
+        if stops:
+            look: dict[str, Any] = {'color': color, 'mec': 'black', 'ms': 13, 'zorder': 3}
+            accuracy.plot(
+                *zip(*stops, strict=True), '*', label=f'{name}: the epoch chosen on validation images', **look
+            )
     accuracy.set(xlabel='epoch', ylabel='test accuracy (%)')
     loss.set(xlabel='epoch', ylabel='training loss')
     for axes in (accuracy, loss):
         axes.grid(alpha=0.3)
-    accuracy.legend(frameon=False)
+    handles, labels = accuracy.get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside lower center', ncols=2 if len(labels) > 3 else 3, frameon=False)
+    seeds = max(map(len, grouped.values()))
+    shown = f'mean over {seeds} seeds; band: lowest to highest seed' if seeds > 1 else 'one seed'
+    figure.suptitle('\n'.join(filter(None, [about, shown])), fontsize=11)
     return figure
 
 
-def _load(paths: Sequence[str], overrides: Sequence[str]) -> list[Recipe]:
+def _load(paths: Sequence[str], overrides: Sequence[str], tell: Callable[[str], object]) -> list[Recipe]:
     if not paths:
         raise RecipeError('compare needs at least one recipe')
-    recipes = [load_recipe(path, (), overrides) for path in paths]
+    recipes = [load_recipe(path, (), overrides, tell) for path in paths]
     for index, recipe in enumerate(recipes):
         for path, earlier in zip(paths, recipes[:index], strict=False):
-            if recipe.name == earlier.name:
+            if file_name(recipe.name) == file_name(earlier.name):
                 raise RecipeError(
                     f'name: {path} and {paths[index]} are both called {recipe.name!r}; rename one of them'
                 )
@@ -225,20 +285,27 @@ def _load(paths: Sequence[str], overrides: Sequence[str]) -> list[Recipe]:
 def _check_alike(recipes: Sequence[Recipe]) -> None:
     for recipe in recipes[1:]:
         for section in ('model', 'data'):
-            if getattr(recipe, section) != getattr(recipes[0], section):
+            ours, theirs = (getattr(one, section).model_dump() for one in (recipe, recipes[0]))
+            # The images that early stopping holds out change no scale; the samples are those of the first recipe.
+            if {**ours, 'validation_fraction': 0} != {**theirs, 'validation_fraction': 0}:
                 raise RecipeError(
                     f'--landscape: {recipe.name!r} and {recipes[0].name!r} differ in {section}, and their landscapes '
                     'have no scale in common; compare recipes of one model and data set'
                 )
 
 
-def _kept(runs: Sequence[Recipe], out: Path) -> dict[str, Path]:
-    """Return the files of the networks whose landscape is drawn, by run; delete those of an earlier comparison."""
-    folder = out / 'landscape'
-    folder.mkdir(exist_ok=True)
-    for file in (*folder.glob('*.npz'), *folder.glob('*.pt')):
-        file.unlink()  # its landscapes are of other networks
-    return {str(run.run_name): folder / f'{run.run_name}.pt' for run in runs}
+def _plan(recipes: Sequence[Recipe], seeds: int, out: Path, sharpness: bool) -> list[StudyRun]:
+    """Return all runs, seed by seed."""
+    runs = []
+    for offset in range(seeds):
+        for recipe in recipes:
+            seeded = with_seed(recipe, recipe.seed + offset)
+            if seeded.save_folder is not None:
+                seeded = seeded.model_copy(update={'autoresume': True})
+            name = file_name(str(seeded.run_name))
+            config = config_of(recipe, seeded.seed, _SHARPNESS if sharpness else None)
+            runs.append(StudyRun(name, seeded, {}, config, out / 'runs' / f'{name}.json', keep_checkpoints=True))
+    return runs
 
 
 def _landscape(recipes: Sequence[Recipe], networks: Sequence[Path], out: Path, jobs: int) -> list[Path]:
@@ -250,30 +317,38 @@ def _landscape(recipes: Sequence[Recipe], networks: Sequence[Path], out: Path, j
     return write_pictures(found, request, out)
 
 
-def _train(recipe: Recipe, report: Report, sharpness: bool, kept: Mapping[str, Path]) -> Run:
-    """Train one recipe; where requested, measure the network and save its weights."""
-    history = History()
-    trainer = build_trainer(recipe, [history, report])
-    try:
-        trainer.fit()
-        if not history.test['epoch']:
-            trainer.eval()
-        if (file := kept.get(str(recipe.run_name))) is not None:
-            torch.save(trainer.state.model.state_dict(), file)
-        found = _measured(recipe, trainer.state.model) if sharpness else None
-    finally:
-        trainer.close()
-    return Run(
+def _train(
+    recipe: Recipe,
+    report: Report,
+    runs: Mapping[str, StudyRun],
+    networks: Mapping[str, Path],
+    how: str,
+    sharpness: bool,
+) -> Run:
+    """Train one recipe and write the run's file; where requested, measure the network and save its weights."""
+    run = runs[str(recipe.run_name)]
+    curves = Curves()
+    model = trained(recipe, curves, [report]).state.model
+    if (file := networks.get(run.name)) is not None:
+        torch.save(model.state_dict(), file)
+    result = Run(
+        name=run.name,
         recipe=recipe.name,
         seed=recipe.seed,
-        steps=history.steps,
-        seconds_per_step=history.seconds_per_step,
-        accuracy=history.test['accuracy'][-1],
-        loss=history.test['loss'][-1],
-        train=history.train,
-        test=history.test,
-        sharpness=found,
+        steps=curves.steps,
+        seconds_per_step=curves.seconds_per_step,
+        accuracy=curves.accuracy,
+        loss=curves.loss,
+        how=how,
+        config=run.config,
+        train=curves.train,
+        test=curves.test,
+        sharpness=_measured(recipe, model) if sharpness else None,
+        stop_epoch=None if curves.stop is None else curves.stop.epoch,
+        validation=curves.validation if curves.stop else {},
     )
+    write_whole(run.file, json.dumps(result.to_json(), indent=1))
+    return result
 
 
 def _measured(recipe: Recipe, model: nn.Module) -> Measurements:
@@ -288,6 +363,12 @@ def _by_recipe(runs: Sequence[Run]) -> dict[str, list[Run]]:
     for run in runs:
         grouped.setdefault(run.recipe, []).append(run)
     return grouped
+
+
+def _epochs(runs: Sequence[Run]) -> str:
+    """Return the epochs of the results, in the order of the seeds; one if they are all the same."""
+    epochs = [run.test['epoch'][-1] if run.stop_epoch is None else run.stop_epoch for run in runs]
+    return ', '.join(f'{epoch:g}' for epoch in (epochs if len(set(epochs)) > 1 else epochs[:1]))
 
 
 def _spread(values: Sequence[float], digits: int, unit: str = '') -> str:

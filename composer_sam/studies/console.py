@@ -12,7 +12,7 @@ with extra('composer', __name__):
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-__all__ = ['Advance', 'console', 'progress_bar']
+__all__ = ['Advance', 'console', 'note', 'progress_bar']
 
 # Called with what is done, how much of it is done, and how much there is.
 Advance = Callable[[str, int, int], None]
@@ -23,6 +23,11 @@ _WIDTH = 200
 def console() -> Console:
     """Return a console on stdout. Where stdout is no terminal, tables are not cut to the width of one."""
     return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _WIDTH)
+
+
+def note(line: str) -> None:
+    """Print a line to stderr."""
+    Console(stderr=True, highlight=False, markup=False).print(line, soft_wrap=True)
 
 
 @contextmanager

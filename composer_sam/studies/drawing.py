@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from composer_sam.extras import extra
+from composer_sam.studies.problem import described
 from composer_sam.studies.result import RunResult
 from composer_sam.studies.tables import ACCURACY, Cells, Measure, measures_of, value_text
 
@@ -19,7 +20,11 @@ __all__ = ['draw']
 
 
 def draw(runs: Sequence[RunResult]) -> Figure:
-    """Draw accuracy and largest eigenvalue against the columns' values, and the share of larger entries by epoch."""
+    """Draw accuracy and largest eigenvalue against the columns' values, and the share of larger entries by epoch.
+
+    Points are means over the seeds. Bars and bands reach from the lowest to the highest seed, so that none leaves the
+    range of its measure.
+    """
     cells = Cells(runs)
     measures = [measure for measure in measures_of(runs) if measure.drawn]
     has_geometry = any(run.geometry for run in runs)
@@ -31,6 +36,10 @@ def draw(runs: Sequence[RunResult]) -> Figure:
         draw_measure(panel, cells, measure)
     if has_geometry:
         _draw_geometry(axes[-1], cells)
+    seeds = len({run.seed for run in runs})
+    shown = f'mean over {seeds} seeds; bars and bands: lowest to highest seed' if seeds > 1 else 'one seed'
+    data = described([(run.config['data']['name'], run.config['data']['label_noise']) for run in runs])
+    figure.suptitle(f'{data}\n{shown}', fontsize=11)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside lower center', ncols=min(len(labels), 4), frameon=False)
     return figure
@@ -41,9 +50,9 @@ def _draw_rows(axes: Axes, cells: Cells, measure: Measure) -> None:
     for index, row in enumerate(cells.rows):
         values = measure.values(cells.at(row, None))
         if values is not None:
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            mean, below, above = _bar(values)
             style: dict[str, Any] = {'label': row, 'color': f'C{index % 10}'}
-            axes.errorbar(statistics.fmean(values), index, xerr=spread, marker='o', linestyle='', capsize=3, **style)
+            axes.errorbar(mean, index, xerr=[[below], [above]], marker='o', linestyle='', capsize=3, **style)
     axes.set_yticks([])
     axes.invert_yaxis()
     axes.set(title=measure.title)
@@ -61,16 +70,16 @@ def _draw_columns(axes: Axes, cells: Cells, measure: Measure) -> None:
         for place, column in zip(places, columns, strict=True):
             values = measure.values(cells.at(row, column))
             if values is not None:
-                points.append((place, statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0))
+                points.append((place, *_bar(values)))
         alone = measure.values(cells.at(row, None))
         if alone is not None:
-            mean, spread = statistics.fmean(alone), statistics.stdev(alone) if len(alone) > 1 else 0.0
-            axes.axhline(mean, linestyle='--', linewidth=1.2, **style)
-            axes.axhspan(mean - spread, mean + spread, alpha=0.12, linewidth=0, color=style['color'])
-            drawn.append(mean)
+            axes.axhline(statistics.fmean(alone), linestyle='--', linewidth=1.2, **style)
+            axes.axhspan(min(alone), max(alone), alpha=0.12, linewidth=0, color=style['color'])
+            drawn.append(min(alone))
         if points:
-            x, y, error = zip(*points, strict=True)
-            axes.errorbar(x, y, error, marker='o', markersize=4, linewidth=1.3, alpha=0.9, capsize=2, **style)
+            x, y, below, above = zip(*points, strict=True)
+            axes.errorbar(x, y, [below, above], marker='o', markersize=4, linewidth=1.3, alpha=0.9, capsize=2, **style)
+            drawn += [mean - down for mean, down in zip(y, below, strict=True)]
             drawn += y
     if cells.numbers and places[0] > 0 and places[-1] >= 4 * places[0]:
         axes.set_xscale('log')
@@ -80,6 +89,12 @@ def _draw_columns(axes: Axes, cells: Cells, measure: Measure) -> None:
         axes.set_yscale('log')
     axes.set(xlabel=cells.column, title=measure.title)
     axes.grid(alpha=0.3)
+
+
+def _bar(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the mean, and how far below and above it the lowest and the highest value are."""
+    mean = statistics.fmean(values)
+    return mean, max(0.0, mean - min(values)), max(0.0, max(values) - mean)
 
 
 def _draw_geometry(axes: Axes, cells: Cells) -> None:

@@ -30,7 +30,9 @@ __all__ = ['Request', 'enumerated', 'landscapes']
 
 
 def enumerated(names: Sequence[str]) -> str:
-    """Return the names as in a sentence: A, B and C."""
+    """Return the names as in a sentence: A, B and C; with semicolons where a name has a comma."""
+    if any(',' in name for name in names):
+        return '; '.join(names)
     return ' and '.join(filter(None, [', '.join(names[:-1]), names[-1]]))
 
 
@@ -150,6 +152,7 @@ def _about(request: Request, recipe: Recipe, problem: Problem, paths: Sequence[P
         'checkpoint': [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths],
         'model': recipe.model.model_dump(),
         'data': recipe.data.model_dump(),
+        **({'early_stopping': True} if recipe.early_stopping else {}),  # its test set is the test set
         'directions': request.directions,
         'dims': request.dims,
         'resolution': request.resolution,

@@ -16,7 +16,7 @@ from composer.loggers import Logger
 
 from composer_sam.extras import extra
 from composer_sam.processes import ProcessDied, Returned, Sent, run_tasks
-from composer_sam.recipes import Recipe, RecipeError
+from composer_sam.recipes import Diverged, Recipe, RecipeError, messages
 
 with extra('composer', __name__):
     from rich.console import Console
@@ -123,17 +123,25 @@ def train_all(
         TextColumn('{task.percentage:3.0f} %'),
         TimeRemainingColumn(),
         console=console,
+        disable=not console.is_terminal,  # elsewhere a line for every run that has ended
     )
     trained = bar.add_task('', total=len(recipes))
     tasks = [functools.partial(_train, work, recipe, threads) for recipe in recipes]
     # The server process imports Composer once, and the processes of the runs are forked from it.
+    ended = 0
     with bar, closing(run_tasks(tasks, jobs, preload=__name__)) as events:
         for index, event in events:
             recipe = recipes[index]
             if isinstance(event, Sent):
-                bar.advance(trained, event.message)
+                if isinstance(event.message, str):
+                    console.print(f'{recipe.run_name}: {event.message}', soft_wrap=True)
+                else:
+                    bar.advance(trained, event.message)
             elif isinstance(event, Returned):
                 receive(recipe, event.result)
+                ended += 1
+                if not console.is_terminal:
+                    console.print(f'{ended} of {len(recipes)} runs are trained: {recipe.run_name}', soft_wrap=True)
             elif isinstance(event.error, ProcessDied):
                 died = f'{recipe.run_name} ended without a result; its process was killed or crashed'
                 receive(recipe, RunError(died))
@@ -143,14 +151,17 @@ def train_all(
 
 
 def _train(
-    work: Callable[[Recipe, Report], Result], recipe: Recipe, threads: int, send: Callable[[float], None]
+    work: Callable[[Recipe, Report], Result], recipe: Recipe, threads: int, send: Callable[[float | str], None]
 ) -> Result:
-    """Call ``work``; runs in a process of its own."""
+    """Call ``work``; runs in a process of its own. Sends parts of the run, and lines to be printed above the bar."""
     torch.set_num_threads(threads)
     try:
-        return work(recipe, Report(send))
+        with messages(send):
+            return work(recipe, Report(send))
     except RecipeError:
         raise
+    except Diverged as error:
+        raise RunError(f'{recipe.run_name} failed: {error}') from error
     except Exception as error:
-        traceback.print_exc()
+        send(traceback.format_exc())
         raise RunError(f'{recipe.run_name} failed: {type(error).__name__}: {error}') from error

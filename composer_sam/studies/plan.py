@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from omegaconf import OmegaConf
 
 from composer_sam.recipes import Recipe, RecipeError, load_recipe
 from composer_sam.studies.parallel import with_seed
-from composer_sam.studies.run import StudyRun, config_of
+from composer_sam.studies.run import StudyRun, config_of, file_name
 from composer_sam.studies.sharpness import Sharpness
 from composer_sam.studies.tables import last_part, value_text
 
 __all__ = ['StudyOptions', 'parse_grid', 'plan']
 
 Grid = dict[str, list[Any]]
+
+_log = logging.getLogger(__name__)
 
 # Keys that cannot be in a grid, and what to use instead.
 _NOT_IN_A_GRID = {
@@ -37,7 +40,7 @@ class StudyOptions:
     """What a study trains and measures, and where it stores the results.
 
     Attributes:
-        paths: the files of the recipes, each of which may have a ``grid``.
+        paths: the files of the recipes, each of which may have a ``grid``, and overlays joined to it by ``+``.
         overrides: ``dotted.key=value``, laid over every recipe.
         grids: ``dotted.key=value,value``, for the recipes that have the key; they replace the values of the recipe's
             own grid.
@@ -76,8 +79,12 @@ def parse_grid(text: str) -> tuple[str, list[Any]]:
     return key, [OmegaConf.to_container(OmegaConf.from_dotlist([f'value={part}']))['value'] for part in parts]  # pyright: ignore
 
 
-def plan(options: StudyOptions) -> list[StudyRun]:
+def plan(options: StudyOptions, tell: Callable[[str], object] = _log.warning) -> list[StudyRun]:
     """Return all runs of a study, seed by seed, so that an interrupted study has runs of every method.
+
+    Args:
+        options: the recipes, grids and seeds.
+        tell: called with the lines of :func:`~composer_sam.recipes.load_recipe`.
 
     Raises:
         RecipeError: a recipe or a grid is not valid, or two runs have the same name.
@@ -87,14 +94,14 @@ def plan(options: StudyOptions) -> list[StudyRun]:
     if options.seeds < 1:
         raise RecipeError(f'--seeds must be an integer >= 1, got {options.seeds}')
     common = _common_grid(options.grids)
-    recipes = [load_recipe(path, (), options.overrides) for path in options.paths]
+    recipes = [load_recipe(path, (), options.overrides, tell) for path in options.paths]
     for key in common:
         if not any(_has(recipe, key) for recipe in recipes):
             raise RecipeError(f'--grid {key}: no recipe has it; {_nearby(recipes, key)}')
     points = [
         point
         for path, recipe in zip(options.paths, recipes, strict=True)
-        for point in _points(path, recipe, common, options.overrides)
+        for point in _points(path, recipe, common, options.overrides, tell)
     ]
     origins: dict[str, str] = {}
     runs = []
@@ -111,7 +118,9 @@ def plan(options: StudyOptions) -> list[StudyRun]:
     return runs
 
 
-def _points(path: str, recipe: Recipe, common: Grid, overrides: Sequence[str]) -> list[_Point]:
+def _points(
+    path: str, recipe: Recipe, common: Grid, overrides: Sequence[str], tell: Callable[[str], object]
+) -> list[_Point]:
     """Return the points of a recipe's grid, with the recipe at each of them."""
     if recipe.save_folder is not None:
         raise RecipeError(
@@ -128,7 +137,9 @@ def _points(path: str, recipe: Recipe, common: Grid, overrides: Sequence[str]) -
         point = dict(zip(grid, values, strict=True))
         # As overrides, so that the recipe at every point is checked like any other recipe.
         at_point = [f'{key}={json.dumps(value)}' for key, value in point.items()]
-        found.append(_Point(path, load_recipe(path, (), [*overrides, *at_point]), point))
+        there = load_recipe(path, (), [*overrides, *at_point], tell)
+        # The name of the recipe at all of its points, without what the command line of this one point would add.
+        found.append(_Point(path, there.model_copy(update={'name': recipe.name}), point))
     return found
 
 
@@ -136,7 +147,7 @@ def _run(point: _Point, seed: int, options: StudyOptions) -> StudyRun:
     short = [last_part(key) for key in point.values]
     keys = [part if short.count(part) == 1 else key for key, part in zip(point.values, short, strict=True)]
     texts = [f'{key}={value_text(value)}' for key, value in zip(keys, point.values.values(), strict=True)]
-    name = re.sub(r'[^\w.=+-]+', '-', '_'.join([point.recipe.name, *texts, f'seed={seed}']))
+    name = file_name('_'.join([point.recipe.name, *texts, f'seed={seed}']))
     seeded = with_seed(point.recipe, seed).model_copy(
         update={
             'run_name': name,
@@ -146,8 +157,7 @@ def _run(point: _Point, seed: int, options: StudyOptions) -> StudyRun:
             'trainer': {'save_num_checkpoints_to_keep': 1, **point.recipe.trainer, 'progress_bar': False},
         }
     )
-    config = config_of(point.recipe.model_dump(exclude_none=True) | {'seed': seed})
-    config['sharpness'] = None if options.sharpness is None else vars(options.sharpness)
+    config = config_of(point.recipe, seed, options.sharpness)
     file = options.out / 'runs' / f'{name}.json'
     return StudyRun(name, seeded, point.values, config, file, options.keep_checkpoints)
 

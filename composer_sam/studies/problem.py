@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from composer_sam.recipes import Recipe
 from composer_sam.recipes.data import build_data
 from composer_sam.recipes.models import build_model
 
-__all__ = ['Problem', 'Split', 'build_problem']
+__all__ = ['Problem', 'Split', 'build_problem', 'described']
 
 Split = Literal['train', 'test']
 
@@ -53,7 +54,7 @@ def build_problem(recipe: Recipe, split: Split, samples: int) -> Problem:
     section = recipe.data
     if hasattr(section, 'augment'):
         section = section.model_copy(update={'augment': 'none'})
-    data = build_data(section, recipe.seed)
+    data = build_data(section, recipe.seed, keep_test=recipe.early_stopping)
     images: Any = {'train': data.train, 'test': data.test}[split].dataset
     samples = min(samples, len(images))
     # Not torch's generator: with the same seed it has chosen the wrong labels, and would choose the same images again.
@@ -65,3 +66,16 @@ def build_problem(recipe: Recipe, split: Split, samples: int) -> Problem:
     microbatch = recipe.device_train_microbatch_size
     in_training = microbatch if isinstance(microbatch, int) else section.batch_size
     return Problem(model, batches, samples, max(in_training, _ONE_GRAPH // math.prod(data.image_shape)))
+
+
+def described(data: Iterable[tuple[str, float]]) -> str:
+    """Return a line for titles about data sets and the fractions of their labels that are replaced by others.
+
+    >>> described([('digits', 0.4), ('digits', 0.4)])
+    'digits, 40 % of the training labels are wrong'
+    """
+    lines = [
+        f'{name}, {f"{100 * noise:g} % of the training labels are wrong" if noise else "no label noise"}'
+        for name, noise in data
+    ]
+    return '; '.join(dict.fromkeys(lines))

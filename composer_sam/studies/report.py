@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,12 +32,14 @@ _DIRECTIONS = {
 def write_pictures(landscapes: Sequence[Landscape], request: Request, folder: Path) -> list[Path]:
     """Write the pictures of the landscapes and the interactive page to ``folder``, and return the files."""
     title = f'Loss {"between" if request.directions == "checkpoints" else "around"} {enumerated(request.labels)}'
-    samples = landscapes[0].about['samples']
+    kind, wrong = _kind(landscapes[0].about)
+    labels = f', {100 * wrong:g} % of whose labels are wrong; loss and accuracy count these labels as right'
+    landscapes = [replace(one, about={**one.about, 'wrong_labels': wrong}) for one in landscapes]
     notes = [
         _DIRECTIONS[request.directions].format(seed=request.seed, through=('line', 'plane')[request.dims - 1]),
-        f'{samples} {"training" if request.split == "train" else "test"} samples',
+        f'{landscapes[0].about["samples"]} {kind} samples{labels if wrong else ""}',
     ]
-    caption = f'{title}\n{", ".join(notes)}'
+    caption = '\n'.join([title, *notes])
     drawn = {'curve.png': curves} if request.dims == 1 else {'landscape.png': contours, 'surface.png': surfaces}
     for name, draw in drawn.items():
         write_whole(folder / name, png(draw(landscapes, caption)))
@@ -77,6 +81,13 @@ def tabulate_measurements(rows: Sequence[CheckpointMeasurements]) -> Table:
             ),
         )
     return table
+
+
+def _kind(about: Mapping[str, Any]) -> tuple[str, float]:
+    """Return what samples the losses of a landscape are measured on, and the fraction of their labels that is wrong."""
+    held_out = about['data']['validation_fraction'] and not about.get('early_stopping')
+    kind = 'training' if about['split'] == 'train' else 'validation' if held_out else 'test'
+    return kind, about['data']['label_noise'] if kind != 'test' else 0.0
 
 
 def _text(value: float | None, form: str) -> str:

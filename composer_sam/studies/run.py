@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,13 @@ from typing import Any
 import composer
 import torch
 from composer import Trainer
-from composer.core import State
+from composer.core import Callback, State
 from composer.loggers import Logger, LoggerDestination
 
 from composer_sam.files import write_whole
 from composer_sam.methods import registry
-from composer_sam.recipes import History, Recipe, build_trainer, is_finished
+from composer_sam.recipes import History, Recipe, RecipeError, build_trainer, is_finished
+from composer_sam.recipes.save_folder import folder_of
 from composer_sam.studies.parallel import Report
 from composer_sam.studies.problem import build_problem
 from composer_sam.studies.result import RunResult, TrainedSharpness
@@ -25,12 +28,12 @@ from composer_sam.studies.sharpness import Sharpness, measure_trained
 from composer_sam.trainers.composer import GradientGeometryMonitor
 from composer_sam.version import __version__
 
-__all__ = ['StudyRun', 'config_of', 'train_and_measure']
+__all__ = ['Curves', 'StudyRun', 'compared', 'config_of', 'file_name', 'train_and_measure', 'trained']
 
 _GEOMETRY = 'geometry/'  # how the names of GradientGeometryMonitor's metrics begin
 _MEASURES = ('loss', 'gradient_norm', 'top_eigenvalue', 'trace', 'sam_sharpness')
 # Keys of a recipe that the result does not depend on.
-_NOT_COMPARED = ('run_name', 'save_folder', 'save_interval', 'autoresume', 'grid')
+_NOT_COMPARED = ('run_name', 'save_folder', 'save_interval', 'autoresume', 'stop_at_nonfinite', 'grid')
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class StudyRun:
     keep_checkpoints: bool = False
 
 
-class _Curves(History, LoggerDestination):
+class Curves(History, LoggerDestination):
     """A history that is part of the checkpoint, so that a resumed run has all of it, with the metrics of monitors.
 
     Attributes:
@@ -100,7 +103,19 @@ class _Curves(History, LoggerDestination):
             self._sums, self._logged = {}, 0
 
 
-def config_of(recipe: dict[str, Any]) -> dict[str, Any]:
+def file_name(name: str) -> str:
+    """Return the name of a run as the name of its file."""
+    return re.sub(r'[^\w.=+-]+', '-', name)
+
+
+def config_of(recipe: Recipe, seed: int, sharpness: Sharpness | None) -> dict[str, Any]:
+    """Return everything that the result of a run depends on, in JSON's own types."""
+    config = compared(recipe.model_dump(exclude_none=True) | {'seed': seed})
+    config['sharpness'] = None if sharpness is None else vars(sharpness)
+    return config
+
+
+def compared(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a dumped recipe that the result depends on, in JSON's own types."""
     kept = {key: value for key, value in recipe.items() if key not in _NOT_COMPARED}
     kept['trainer'] = {key: value for key, value in kept.get('trainer', {}).items() if key != 'progress_bar'}
@@ -119,15 +134,15 @@ def train_and_measure(
         sharpness: how the sharpness is measured; None not to measure it.
     """
     run = runs[str(recipe.run_name)]
-    curves = _Curves()
-    trainer = _trained(recipe, curves, report)
+    curves = Curves()
+    trainer = trained(recipe, curves, [*_monitors(recipe), report])
     result = RunResult(
         name=run.name,
         recipe=recipe.name,
         values=run.values,
         seed=recipe.seed,
-        accuracy=curves.test['accuracy'][-1],
-        test_loss=curves.test['loss'][-1],
+        accuracy=curves.accuracy,
+        test_loss=curves.loss,
         train_loss=curves.train['loss'][-1],
         steps=curves.steps,
         seconds=curves.seconds,
@@ -147,13 +162,22 @@ def train_and_measure(
     content = result.to_json()
     write_whole(run.file, json.dumps(content, indent=1, allow_nan=False))
     if not run.keep_checkpoints:
-        shutil.rmtree(str(recipe.save_folder), ignore_errors=True)
+        _delete_checkpoints(Path(str(recipe.save_folder)))
     return RunResult.from_json(content)
 
 
-def _trained(recipe: Recipe, curves: _Curves, report: Report) -> Trainer:
-    """Train a recipe to its end and return its trainer, closed."""
-    trainer = build_trainer(recipe, [*_monitors(recipe), curves, report])
+def _delete_checkpoints(folder: Path) -> None:
+    """Delete the folder of a run; where it logged to TensorBoard, all of it but the event files."""
+    if not any(folder.rglob('events.out.tfevents*')):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for file in (*folder.glob('*.pt'), folder / 'config.yaml'):
+        file.unlink(missing_ok=True)
+
+
+def trained(recipe: Recipe, curves: Curves, callbacks: Sequence[Callback]) -> Trainer:
+    """Train a recipe to its end, from its newest checkpoint if there is one, and return its trainer, closed."""
+    trainer = build_trainer(recipe, [*callbacks, curves])
     try:
         # The curves are a destination of metrics, and a callback too, as only callbacks are part of checkpoints.
         trainer.logger.destinations = (*trainer.logger.destinations, curves)
@@ -161,6 +185,11 @@ def _trained(recipe: Recipe, curves: _Curves, report: Report) -> Trainer:
             trainer.fit()
         if not curves.test['epoch']:
             trainer.eval()
+    except RecipeError:
+        folder = folder_of(recipe)
+        if folder is not None and not any(folder.glob('*.pt')):
+            _delete_checkpoints(folder)  # a mistake that the first step finds leaves nothing behind
+        raise
     finally:
         trainer.close()
     return trainer

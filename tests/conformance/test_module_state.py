@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from composer_sam import GAM, SAM, SharpnessAwareOptimizer
 from composer_sam.engine import attributes
 
-
 # torch 2.15 deprecates the functions that make quantised tensors.
 pytestmark = pytest.mark.filterwarnings('ignore:torch.quantize_per_tensor')
 

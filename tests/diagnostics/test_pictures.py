@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from matplotlib.collections import Collection
 from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
 from mpl_toolkits.mplot3d import Axes3D
+from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from composer_sam.landscapes.page import page
-from composer_sam.landscapes.pictures import Scale, contours, curves, heading, surfaces
+from composer_sam.landscapes.pictures import LOG_COLORS, Scale, contours, curves, heading, surfaces
 from composer_sam.landscapes.storage import Landscape
 from composer_sam.landscapes.subspaces import Mark
 
@@ -81,18 +82,54 @@ def test_contours_of_several_checkpoints_share_colours_and_levels(tmp_path: Path
     assert [levels(sets) for sets in filled] == [levels(filled[0])] * 2
     rings = [set(levels(axes.collections[1])) for axes in (first, second)]
     assert rings[1] < rings[0]
-    assert first.get_title() == 'A: loss 0.5, accuracy 75.0 %'
+    assert first.get_title() == 'A\nloss 0.5, accuracy 75.0 %'
     assert (first.get_xlabel(), first.get_ylabel(), bar.get_ylabel()) == ('u', 'v', 'loss')
     drawn(figure, tmp_path)
 
 
 def test_surfaces_share_heights(tmp_path: Path) -> None:
     figure = surfaces([plane('A'), plane('B', curvature=0.2, floor=1)])
-    first, second = figure.axes
+    first, second, bar = figure.axes
     assert isinstance(first, Axes3D) and isinstance(second, Axes3D)
     assert first.get_zlim() == second.get_zlim()
     assert first.get_zlim()[1] == pytest.approx(3.5)
+    assert bar.get_ylabel() == 'loss'
     drawn(figure, tmp_path)
+
+
+@pytest.mark.parametrize('floor', [0.5, 0.05, 1e-3])  # linear; logarithmic colours; logarithmic heights too
+def test_a_loss_has_one_colour_in_all_pictures_of_it(floor: float) -> None:
+    landscapes = [plane('A', floor=floor), plane('B', curvature=0.2, floor=1)]
+    colors, heights = Scale.of(landscapes, LOG_COLORS), Scale.of(landscapes)
+    filled = contours(landscapes).axes[0].collections[0]
+    surface = next(one for one in surfaces(landscapes).axes[0].collections if isinstance(one, Poly3DCollection))
+    page_colours = Drawn.read(page(landscapes, 'title'))
+    axis = page_colours.layout['coloraxis']
+    for loss in (floor, floor + 0.01, 1.0, 2.0, floor + 3):
+        part = np.asarray(filled.norm(colors.height(loss))).item()
+        assert np.asarray(surface.norm(heights.height(loss))).item() == pytest.approx(part, abs=1e-6)
+        assert (colors.height(loss) - axis['cmin']) / (axis['cmax'] - axis['cmin']) == pytest.approx(part, abs=1e-6)
+    np.testing.assert_allclose(page_colours.data[2]['surfacecolor'], colors.height(landscapes[1].loss))
+    assert not any('coloraxis' in key for view in page_colours.views.values() for key in view[1])  # in both views
+
+
+def test_headings_say_that_the_labels_are_noisy() -> None:
+    noisy = replace(plane(), about={'wrong_labels': 0.4})
+    assert heading(noisy) == 'A: loss 0.5, accuracy on noisy labels 75.0 %'
+    assert contours([noisy]).axes[0].get_title() == 'A\nloss 0.5, accuracy on noisy labels 75.0 %'
+    assert Drawn.read(page([noisy], 'title')).layout['annotations'][0]['text'] == (
+        'A<br>loss 0.5, accuracy on noisy labels 75.0 %'
+    )
+    accuracies = curves([replace(line(), about={'wrong_labels': 0.4})]).axes[1]
+    assert accuracies.get_ylabel() == 'accuracy on noisy labels (%)'
+
+
+def test_a_caption_is_no_wider_than_its_picture(tmp_path: Path) -> None:
+    figure = contours([plane()], 'title\n' + 'a long line about samples and labels ' * 4)
+    drawn(figure, tmp_path)
+    title = figure._suptitle  # pyright: ignore[reportAttributeAccessIssue]
+    assert title.get_text().startswith('title\na long line')
+    assert title.get_window_extent().width < figure.bbox.width
 
 
 def test_curves_are_in_one_pair_of_axes_with_accuracies_beside_them(tmp_path: Path) -> None:
@@ -137,7 +174,7 @@ def test_a_landscape_without_a_finite_loss_or_with_a_single_one_is_drawn(value: 
 @pytest.mark.parametrize('count', [1, 3, 4, 7])
 def test_any_number_of_checkpoints_has_a_panel_each(count: int, tmp_path: Path) -> None:
     landscapes = [plane(str(index)) for index in range(count)]
-    for figure, bars in ((contours(landscapes), 1), (surfaces(landscapes), 0)):
+    for figure, bars in ((contours(landscapes), 1), (surfaces(landscapes), 1)):
         assert sum(axes.get_visible() for axes in figure.axes) == count + bars
         drawn(figure, tmp_path)
 
@@ -237,7 +274,7 @@ def test_a_page_of_surfaces_holds_its_numbers_linear_and_logarithmic() -> None:
         assert linear[0]['z'][2 * index + 1] == [landscape.marks[0].loss]
     layout = linear[1]
     assert layout['scene.zaxis.range'] == layout['scene2.zaxis.range']
-    assert (layout['coloraxis.cmin'], layout['coloraxis.cmax']) == (0.5, 3.5)
+    assert (drawn.layout['coloraxis']['cmin'], drawn.layout['coloraxis']['cmax']) == (0.5, 3.5)
 
 
 def test_a_page_of_curves_holds_its_numbers() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -45,14 +46,15 @@ class Fault(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.remaining = {'forward': 0, 'backward': 0}
+        # Of a class that is not put back between passes, as numbers, lists and dictionaries are.
+        self.remaining = SimpleNamespace(forward=0, backward=0)
 
     def arm(self, where: str, at: int) -> None:
-        self.remaining[where] = at
+        setattr(self.remaining, where, at)
 
     def _count(self, where: str) -> None:
-        self.remaining[where] -= 1
-        if self.remaining[where] == 0:
+        setattr(self.remaining, where, getattr(self.remaining, where) - 1)
+        if getattr(self.remaining, where) == 0:
             raise RuntimeError(f'injected in {where}')
 
     def forward(self, x: Tensor) -> Tensor:

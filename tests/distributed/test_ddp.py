@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -179,10 +180,10 @@ class _Stateful(Network):
     def __init__(self, dtype: torch.dtype = torch.float64):
         super().__init__(dtype)
         self.centre = nn.Buffer(torch.zeros(6, dtype=dtype))
-        self.read: list[Tensor] = []
+        self.notes = SimpleNamespace(read=[])  # a list would be put back between passes
 
     def forward(self, x: Tensor) -> Tensor:
-        self.read.append(self.centre.clone())
+        self.notes.read.append(self.centre.clone())
         with torch.no_grad():
             self.centre.mul_(0.5).add_(x.mean(0), alpha=0.5)
         return super().forward(x - self.centre)
@@ -199,13 +200,13 @@ def test_every_pass_reads_the_buffers_the_first_pass_read(name: str, sync: bool)
     plain = DistributedDataParallel(_Stateful())
     base = torch.optim.SGD(plain.parameters(), lr=0.1)
     for batch in batches(dist.get_rank(), 4):
-        model.module.read.clear()
+        model.module.notes.read.clear()
         wrapper.step(closure_for(wrapper, model, batch))
         base.zero_grad()
         nn.functional.mse_loss(plain(batch[0]), batch[1]).backward()
         base.step()
-        first, *further = model.module.read
+        first, *further = model.module.notes.read
         assert len(further) == method.passes - 1
         assert all(torch.equal(first, other) for other in further)
-        assert torch.equal(first, plain.module.read[-1])
+        assert torch.equal(first, plain.module.notes.read[-1])
         assert torch.equal(model.module.centre, plain.module.centre)

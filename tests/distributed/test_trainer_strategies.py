@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,7 +198,7 @@ class _NotFiniteOnOneRank(nn.Module):
 
     def __init__(self, at: int):
         super().__init__()
-        self.remaining = [at]  # a number would be put back between passes
+        self.remaining = SimpleNamespace(backwards=at)  # a number or a list would be put back between passes
 
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad:
@@ -205,8 +206,8 @@ class _NotFiniteOnOneRank(nn.Module):
         return x
 
     def _broken(self, gradient: Tensor) -> Tensor:
-        self.remaining[0] -= 1
-        return gradient * math.nan if self.remaining == [0] and dist.get_rank() == 1 else gradient
+        self.remaining.backwards -= 1
+        return gradient * math.nan if self.remaining.backwards == 0 and dist.get_rank() == 1 else gradient
 
 
 @two_ranks

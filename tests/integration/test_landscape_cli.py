@@ -212,8 +212,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (['landscape', 'x.pt', '--out', 'x'], 'required: --recipe'),
         (['landscape', 'x.pt', '--recipe', SGD], 'required: --out'),
+        (['landscape', SGD, '--out', 'x'], 'there is no '),
         (['landscape', 'x.pt', '--recipe', SGD, '--out', 'x', '--split', 'val'], "invalid choice: 'val'"),
         (['landscape', 'x.pt', '--recipe', SGD, '--out', 'x', '--dims', '3'], 'invalid choice: 3'),
         (['landscape', 'x.pt', '--recipe', SGD, '--out', 'x', '--samples', '0'], "must be an integer >= 1, got '0'"),

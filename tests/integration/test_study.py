@@ -110,9 +110,28 @@ def test_only_what_is_missing_is_trained_and_comes_out_the_same(finished: Path) 
     assert outcome(again) == was
 
 
-def test_nothing_is_trained_twice(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('composer_sam.studies.study.train_all', lambda *_: pytest.fail('a run was trained again'))
+def test_nothing_is_trained_twice(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr('composer_sam.studies.kept.train_all', lambda *_: pytest.fail('a run was trained again'))
     study(SGD, SAM, *GRID, '--seeds', '2', *QUICK, out=finished)
+    assert 'nothing was left to train: all 6 runs are done' in capsys.readouterr().err
+
+
+def test_a_grid_over_names_has_what_each_of_them_takes() -> None:
+    lines: list[str] = []
+    gam = f'{SGD}+{YAMLS}/methods/gam.yaml'
+    planned = plan(StudyOptions([gam], grids=['optimizer.name=sgd,adamw']), lines.append)
+    assert [(run.name, run.recipe.name) for run in planned] == [
+        ('GAM_name=sgd_seed=17', 'GAM'),
+        ('GAM_name=adamw_seed=17', 'GAM'),
+    ]
+    assert [sorted(run.recipe.optimizer) for run in planned] == [
+        ['lr', 'momentum', 'name', 'weight_decay'],
+        ['lr', 'name', 'weight_decay'],
+    ]
+    dropped = 'optimizer.name=adamw in place of sgd: dropped momentum; kept lr=0.1, weight_decay=0.0'
+    assert set(lines) == {'gam.yaml over sgd.yaml: replaced name; added algorithms.gam', dropped}
 
 
 def test_runs_with_another_configuration_are_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

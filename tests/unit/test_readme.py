@@ -151,9 +151,10 @@ def _check_recipes(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Non
     recipe: str = options.get('recipe', '')
     if command == 'train':
         load_recipe(recipe, files, overrides)
-    elif recipe:  # of the checkpoints
+    elif command in ('landscape', 'sharpness'):
         assert files and all(file.endswith('.pt') for file in files)
-        load_recipe(recipe, (), overrides)
+        if recipe:  # otherwise the one beside the checkpoints
+            load_recipe(recipe, (), overrides)
     else:
         grids = [grid.partition('=') for grid in options.get('grid', [])]
         for file in files:
@@ -161,7 +162,7 @@ def _check_recipes(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Non
             for key, _, values in grids:
                 for value in values.split(','):
                     load_recipe(file, (), [*overrides, f'{key}={value}'])
-    assert recipe or files or command == 'methods'
+    assert recipe or files or command in ('methods', 'recipes', 'keys')
 
 
 @pytest.fixture

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from matplotlib.container import ErrorbarContainer
+from matplotlib.lines import Line2D
 
 import benchmarks.report
-from benchmarks.pareto import front
+from benchmarks.pareto import draw, front
 from benchmarks.quality_runs import Candidate
 from benchmarks.readme import FIGURES, FILES, filled
-from benchmarks.report import Report, Table
+from benchmarks.report import RESULTS, Report, Table
 
 
 @pytest.mark.parametrize('file', FILES, ids=lambda file: file.name)
@@ -86,3 +88,22 @@ def test_gradients_per_step_follow_passes_and_interval() -> None:
     assert Candidate('GAM', (('grad_rho', 0.02),)).evaluations == 4
     assert Candidate('SAM', (('rho', 0.5), ('interval', 10))).name == 'SAM, rho 0.5, interval 10'
     assert Candidate(longer=2).name == 'SGD, 2 times the epochs'
+
+
+def test_methods_that_are_equal_are_all_seen() -> None:
+    """SAM's marker is small, filled and on top; those of the others are open, larger, and of another shape each."""
+    figure = draw(json.loads((RESULTS / 'quality.json').read_text()))
+    (title,) = figure.texts
+    assert title.get_text() == 'mean and standard deviation over 5 seeds'
+    for axis in figure.axes:
+        markers: dict[str, Line2D] = {}
+        for bars in axis.containers:
+            assert isinstance(bars, ErrorbarContainer)
+            if not str(bars.get_label()).startswith('_'):
+                markers[str(bars.get_label())] = bars.lines[0]
+        sam = markers.pop('SAM')
+        assert markers
+        for other in markers.values():
+            assert other.get_markerfacecolor() == 'none'
+            assert sam.get_markersize() < other.get_markersize() and sam.get_zorder() > other.get_zorder()
+        assert len({str(one.get_marker()) for one in (sam, *markers.values())}) == 1 + len(markers)
