@@ -259,7 +259,7 @@ def test_a_loss_without_graph_is_an_error() -> None:
         ({'batches': []}, 'batches must hold at least one sample, got none'),
         ({'batches': [(torch.zeros(0, 6), torch.zeros(0))]}, 'batches must hold at least one sample'),
         ({'batches': [(torch.zeros(3, 6), torch.zeros(2))]}, r'its samples, got first dimensions \[2, 3\]'),
-        ({'batches': ['text']}, 'no tensor with samples in a str'),
+        ({'batches': ['text']}, r'an iterable of \(inputs, targets\), got a str in it'),
         ({'loss': None}, 'loss must be a function of outputs and targets'),
         ({'loss': nn.CrossEntropyLoss(reduction='sum')}, "must be a mean over the batch, got reduction='sum'"),
         ({'model': nn.Flatten()}, 'no parameter that requires a gradient'),
