@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable, Iterator
+from types import FunctionType, MethodType
 from typing import Any, TypeAlias, cast
 
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ _Saved: TypeAlias = tuple[Any, Any]
 
 _OWN = frozenset(vars(nn.Module()))  # torch's own attributes of every module
 _DEEPEST = 6  # containers within containers are followed so far
+# What most attributes are: nothing to look into, and no time to lose with.
+_LEAVES = frozenset((bool, int, float, str, type(None), Tensor, nn.Parameter, FunctionType, MethodType))
 _told: set[tuple[str, str]] = set()
 
 
@@ -37,6 +40,7 @@ class AttributeControl:
             (kind, name, tensor, tensor._version)
             for (kind, _), saved in zip(self._modules, self._before, strict=True)
             for name, value in saved.items()
+            if value[1] is not None or isinstance(value[0], Tensor)
             for tensor in _tensors(value)
         ]
         # For every module that the first pass changed: its attributes, all of them before, and all of them after.
@@ -92,7 +96,7 @@ def _write(attributes: dict[str, Any], saved: dict[str, _Saved]) -> None:
 
 
 def _saved(value: Any, depth: int = 0) -> _Saved:
-    if depth == _DEEPEST:
+    if type(value) in _LEAVES or depth == _DEEPEST:
         return value, None
     if _is_sequence(value):
         return value, [_saved(item, depth + 1) for item in value]
