@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from pathlib import Path
 
-__all__ = ['write_whole']
+__all__ = ['make_writable', 'write_whole']
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
@@ -28,3 +29,14 @@ def write_whole(path: Path, content: bytes | str) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def make_writable(folder: Path) -> None:
+    """Create a folder, with its parents, and make sure that files can be written into it.
+
+    Raises:
+        OSError: it cannot be created, or nothing can be written into it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
+
+from composer_sam.files import make_writable
 
 __all__ = [
     'FAILED',
@@ -62,9 +63,7 @@ def files_and_overrides(changes: Sequence[str]) -> tuple[list[str], list[str]]:
 def check_folder(folder: Path) -> None:
     """Create the folder for results and raise ValueError where it cannot be written."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        make_writable(folder)
     except OSError as error:
         raise ValueError(f'--out: {str(folder)!r} cannot be written: {error.strerror}') from None
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from composer_sam.engine.rule import Rule
 from composer_sam.engine.step import Step
@@ -38,18 +38,6 @@ class Count:
         return self.synchronised + self.averages
 
 
-class _Line(nn.Module):
-    """One weight and one bias. nn.Linear would draw random numbers, and on the meta device import half of torch."""
-
-    def __init__(self) -> None:
-        super().__init__()  # pyright: ignore[reportUnknownMemberType]
-        self.weight = nn.Parameter(torch.ones(1, 1))
-        self.bias = nn.Parameter(torch.ones(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
-
-
 class _CountingStep(Step):
     averages = 0
 
@@ -66,7 +54,9 @@ def count(rule: Rule, number: int = 0, make_layout: Callable[[list[nn.Parameter]
         number: number of steps taken before.
         make_layout: makes the layout with which the rule sums over shards.
     """
-    model = _Line()
+    model = nn.Linear(1, 1, device='meta').to_empty(device='cpu')  # initialising would draw random numbers
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
     unselective = copy.copy(rule)
     unselective.parameters = None
     found = Count()

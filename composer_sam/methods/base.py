@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from composer_sam.engine.counting import count
 from composer_sam.engine.moment import Moment
-from composer_sam.engine.rule import Method, OnNonfinite, Passes, Rule
+from composer_sam.engine.rule import Method, OnNonfinite, Rule
 from composer_sam.engine.selection import Selection, check_selection
-from composer_sam.engine.step import Step
 from composer_sam.methods.classic import OfInit, check_not_classic
 from composer_sam.methods.composer_protocol import ComposerAlgorithm
 from composer_sam.methods.hyperparameters import check_field, choice, numeric, per_parameter
@@ -63,13 +62,6 @@ class SharpnessAware(Method, ComposerAlgorithm):
 
     paper: ClassVar[str] = ''
     extra_copies: ClassVar[int] = 1
-
-    def direction(self, step: Step) -> Passes:
-        """Yield any number of :class:`Pass`, receive the gradient of each, and return a :class:`Direction`.
-
-        The update rule sees vectors only, never parameters, gradients or the base optimizer.
-        """
-        raise NotImplementedError(f'{type(self).__name__} must define direction(step)')
 
     @functools.cached_property
     def passes(self) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 from composer.utils import format_name_with_dist, parse_uri
 from omegaconf import OmegaConf
 
-from composer_sam.files import write_whole
+from composer_sam.files import make_writable, write_whole
 from composer_sam.recipes.errors import RecipeError
 from composer_sam.recipes.schema import Recipe
 
@@ -47,9 +46,7 @@ def check_folder(recipe: Recipe) -> None:
 def make_folder(folder: Path) -> None:
     """Create the folder and raise RecipeError if it cannot be written."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        make_writable(folder)
     except OSError as error:
         raise RecipeError(f'save_folder: {str(folder)!r} cannot be written: {error.strerror}') from None
 

@@ -15,6 +15,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 
 from composer_sam.extras import extra
+from composer_sam.files import make_writable
 from composer_sam.processes import ProcessDied, Returned, Sent, run_tasks
 from composer_sam.recipes import Diverged, Recipe, RecipeError, messages
 
@@ -75,9 +76,7 @@ def make_folder(out: Path) -> None:
         RecipeError: the folder cannot be written.
     """
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK | os.X_OK):
-            raise PermissionError(None, 'no permission')
+        make_writable(out)
     except OSError as error:
         raise RecipeError(f'--out: {str(out)!r} cannot be written: {error.strerror}') from None
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from composer_sam.files import write_whole
+from composer_sam.files import make_writable, write_whole
 
 
 def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
@@ -34,3 +34,14 @@ def test_what_fails_in_the_middle_leaves_the_old_file(
         write_whole(path, 'new')
     assert path.read_text() == 'old'
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_made_with_its_parents_and_left_empty(tmp_path: Path) -> None:
+    make_writable(tmp_path / 'a' / 'b')
+    make_writable(tmp_path / 'a' / 'b')
+    assert list((tmp_path / 'a' / 'b').iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_an_error() -> None:
+    with pytest.raises(OSError):
+        make_writable(Path('/proc/self/out'))
