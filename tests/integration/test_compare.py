@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from background import started
 
 from composer_sam.commands.main import main
 from composer_sam.recipes import RecipeError, build_trainer, load_recipe
@@ -118,16 +116,7 @@ def test_a_mistake_leaves_nothing_behind(
 def test_an_interrupted_comparison_goes_on(tmp_path: Path) -> None:
     out = tmp_path / 'out'
     arguments = ['compare', SGD, GAM, 'max_duration=30ep', 'eval_interval=0', '--jobs', '2', '--out', str(out)]
-    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get('PYTHONPATH')]))
-    process = subprocess.Popen(
-        [sys.executable, '-m', 'composer_sam', *arguments],
-        env={**os.environ, 'PYTHONPATH': path},
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 120
-    while not list(out.glob('runs/SGD-seed17.json')) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
+    process = started(arguments, out, 'runs/SGD-seed17.json')
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) == 130
     before = written(out)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from background import started
 from torch import nn
 
 from composer_sam.commands.main import main
@@ -98,16 +96,7 @@ def test_a_killed_comparison_goes_on_at_once(tmp_path: Path, capsys: pytest.Capt
         '--out',
         str(out),
     ]
-    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get('PYTHONPATH')]))
-    process = subprocess.Popen(
-        [sys.executable, '-m', 'composer_sam', *arguments],
-        env={**os.environ, 'PYTHONPATH': path},
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 120
-    while not list(out.glob('runs/*.json')) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
+    process = started(arguments, out, 'runs/*.json')
     assert f'is being written by another process (pid {process.pid})' in refusal(capsys, *arguments)
     os.kill(process.pid, signal.SIGKILL)
     process.wait(60)

@@ -7,9 +7,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from checkpoint_content import comparable
 from composer import Trainer
 from composer.optim import CosineAnnealingScheduler
 from digits import METHODS, PER_EPOCH, Recorder, build, weights
@@ -91,18 +91,6 @@ def test_resumed_by_load_path_equals_uninterrupted(name: str, optimizer: str, ba
         assert made(name).fewest_passes <= taken <= made(name).passes if step % 4 == 0 else taken == 1
     assert torch.equal(weights(resumed), weights(whole))
     assert_same_state(state_of(resumed), state_of(whole))
-
-
-def comparable(item: Any) -> Any:
-    """A checkpoint's content without clocks, names of runs and files, and addresses of objects."""
-    if isinstance(item, (torch.Tensor, np.ndarray)):
-        return item.tolist()
-    if isinstance(item, dict):
-        left_out = ('run_name', 'all_saved_checkpoints_to_timestamp', 'repr')
-        return {k: comparable(v) for k, v in item.items() if k not in left_out and not str(k).endswith('_wct')}
-    if isinstance(item, (list, tuple)):
-        return [comparable(value) for value in item]
-    return item
 
 
 @every_method

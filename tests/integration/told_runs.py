@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 import torch
+from checkpoint_content import comparable
 
 __all__ = ['PATH', 'RUN', 'SAM', 'TOLD', 'content', 'ended', 'two_processes', 'worker']
 
@@ -26,18 +26,6 @@ RUN = ['train', SAM, 'max_duration=3ep', 'eval_interval=10ba', 'save_interval=10
 
 def content(checkpoint: Path) -> dict[str, Any]:
     return comparable(torch.load(checkpoint, weights_only=False))
-
-
-def comparable(item: Any) -> Any:
-    """What a checkpoint holds without clocks and names of files."""
-    if isinstance(item, (torch.Tensor, np.ndarray)):
-        return item.tolist()
-    if isinstance(item, dict):
-        left_out = ('run_name', 'all_saved_checkpoints_to_timestamp', 'repr')
-        return {k: comparable(v) for k, v in item.items() if k not in left_out and not str(k).endswith('_wct')}
-    if isinstance(item, (list, tuple)):
-        return [comparable(value) for value in item]
-    return item
 
 
 # What one of several processes does at a step, and where.
