@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
@@ -79,6 +80,8 @@ class Preemption(Callback):
             yield
         finally:
             restore()
+            if self._told:  # the launcher tells a process again that takes longer to end than the others
+                atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
             ended.set()
             sender.close()
             watch.join()

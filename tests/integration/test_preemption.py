@@ -220,6 +220,24 @@ with Preemption(seconds=0.2).listening():
     assert done.stdout.split() == ['143', 'alive'], done.stderr
 
 
+def test_a_process_that_ends_does_not_hear_it_again() -> None:
+    """Python takes its handlers away before it is done, and the exit code would be another one."""
+    done = script("""
+import atexit, os, signal
+
+def late():
+    print(signal.getsignal(signal.SIGTERM) is signal.SIG_IGN)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+atexit.register(late)
+from composer_sam.recipes.preemption import Preemption
+
+with Preemption().listening():
+    os.kill(os.getpid(), signal.SIGTERM)
+""")
+    assert (done.returncode, done.stdout) == (143, 'True\n'), done.stderr
+
+
 def test_the_help_names_the_time(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(['train', '--help']) == 0
     assert f'longer than {SECONDS} seconds' in ' '.join(capsys.readouterr().out.split())
