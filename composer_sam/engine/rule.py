@@ -104,7 +104,7 @@ class Method(ABC):
         perturbs_first_pass: whether the first pass is at perturbed weights, so that no pass is at w.
         watches_outputs: whether the method watches the outputs of forwards, for which it needs the model.
         held_copies: what the method remembers between steps, in copies of the parameters.
-        held_numbers: what it remembers besides, in single numbers.
+        held_numbers: the names of the single numbers that it remembers besides.
         backwards_create_graph: whether the backward must be differentiable.
         passes: the largest number of forward-backward passes of a perturbed step.
         sync_first_pass: whether the first pass's gradient is averaged over ranks.
@@ -120,7 +120,7 @@ class Method(ABC):
     perturbs_first_pass: ClassVar[bool] = False
     watches_outputs: ClassVar[bool] = False
     held_copies: ClassVar[int] = 0
-    held_numbers: ClassVar[int] = 0
+    held_numbers: ClassVar[tuple[str, ...]] = ()
     interval: int
 
     @property

@@ -218,12 +218,13 @@ class Stepper:
     def _check_memory(self, step: Step, moment: Moment) -> None:
         """Say once that a resumed run has lost what the method remembers."""
         remembers = self.method.held_copies or self.method.held_numbers
-        if not remembers or not self._began or self.steps_perturbed or step.memory or step.numbers:
+        known = step.memory or any(step.numbers.values())
+        if not remembers or not self._began or self.steps_perturbed or known:
             return
         if is_first_rank():
             log.warning(
                 '%s begins anew at step %d: what it remembers was not in the checkpoint that was loaded. That of a run '
-                'without it has none, and from those of FSDP2 torch loads only what the base optimizer knows.',
+                'without it has none; from one of shards, torch loads it with LoadPlanner (docs/plain_pytorch.md).',
                 type(self.method).__name__,
                 moment.batch,
             )

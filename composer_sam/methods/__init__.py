@@ -133,7 +133,7 @@ def _cost(method: SharpnessAware) -> str:
 
 def _held(method: type[SharpnessAware]) -> str:
     held = [f'{method.held_copies} x weights'] * bool(method.held_copies)
-    held += [f'{method.held_numbers} numbers'] * bool(method.held_numbers)
+    held += [f'{len(method.held_numbers)} numbers'] * bool(method.held_numbers)
     return ' and '.join(held) or 'nothing'
 
 

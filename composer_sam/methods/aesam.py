@@ -69,7 +69,7 @@ class AESAM(SharpnessAware):
     paper: ClassVar[str] = 'Jiang et al., ICLR 2023, https://arxiv.org/abs/2304.14647'
     when: ClassVar[str] = 'SAM is worth its price in a part of the steps only'
     extra_copies: ClassVar[int] = 1
-    held_numbers: ClassVar[int] = 2
+    held_numbers: ClassVar[tuple[str, ...]] = ('mean', 'variance')
     varies: ClassVar[bool] = True
     passes_follow_data: ClassVar[bool] = True
     _elapsed = 0.0  # the part of the run that is over, in a resolved rule

@@ -17,13 +17,15 @@ import inspect
 import os
 import pickle
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -33,7 +35,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-__all__ = ['Job', 'Ranks', 'four_ranks', 'gathered', 'two_ranks']
+__all__ = ['Job', 'Ranks', 'four_ranks', 'gathered', 'shared_folder', 'two_ranks']
 
 SECONDS_PER_TEST = 180
 SECONDS_TO_END = 5
@@ -159,6 +161,19 @@ class Ranks:
                 while True:
                     outcomes.update(pickle.load(file))
         return outcomes
+
+
+@contextlib.contextmanager
+def shared_folder() -> Iterator[Path]:
+    """An empty folder that all ranks know, while they are in this context."""
+    folders = [tempfile.mkdtemp() if dist.get_rank() == 0 else '']
+    dist.broadcast_object_list(folders)
+    try:
+        yield Path(folders[0])
+        dist.barrier()
+    finally:
+        if dist.get_rank() == 0:
+            shutil.rmtree(folders[0], ignore_errors=True)
 
 
 def gathered(tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import shutil
-import tempfile
-from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import composer.trainer.trainer as composer_trainer
@@ -20,7 +15,7 @@ from composer.core import Precision, State
 from composer.loggers import Logger
 from composer.utils import FSDP2Config
 from problem import METHODS, ONCE_DIFFERENTIATED, Network, batches, bits, closure_for, flat
-from ranks import two_ranks
+from ranks import shared_folder, two_ranks
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -32,12 +27,6 @@ from composer_sam import SAM, SharpnessAwareOptimizer, registry
 from tests.problems import REPRESENTATIVE, gradient, made, mostly_slow, needs_graph
 
 WRAPPERS = ['ddp', 'fsdp2-sharded', 'fsdp2-full']
-# torch's loader asks a checkpoint of shards only for what the base optimizer knows, so these begin anew, and say so. Of
-# a whole one it does not know single numbers.
-FORGET = {
-    'fsdp2-sharded': ('LookSAM', 'VaSSO', 'FriendlySAM', 'DPSAT', 'AESAM'),
-    'fsdp2-full': ('AESAM',),
-}
 
 
 def _cases() -> list[Any]:
@@ -46,30 +35,13 @@ def _cases() -> list[Any]:
     def quick(name: str, wrapper: str, optimizer: str) -> bool:
         return optimizer == 'SGD' and name in (REPRESENTATIVE if wrapper == 'ddp' else ('SAM', 'LookSAM'))
 
-    def marks(name: str, wrapper: str, optimizer: str) -> list[pytest.MarkDecorator]:
-        slow = [] if quick(name, wrapper, optimizer) else [pytest.mark.slow]
-        forgets = name in FORGET.get(wrapper, ())
-        return slow + ([pytest.mark.xfail(strict=True, reason='see FORGET')] if forgets else [])
-
     return [
-        pytest.param(name, wrapper, optimizer, marks=marks(name, wrapper, optimizer))
+        pytest.param(name, wrapper, optimizer, marks=[] if quick(name, wrapper, optimizer) else [pytest.mark.slow])
         for name in METHODS
         for wrapper in WRAPPERS
         for optimizer in ('SGD', 'AdamW')
         if wrapper == 'ddp' or name in ONCE_DIFFERENTIATED
     ]
-
-
-@contextlib.contextmanager
-def _shared_folder() -> Iterator[Path]:
-    folders = [tempfile.mkdtemp() if dist.get_rank() == 0 else '']
-    dist.broadcast_object_list(folders)
-    try:
-        yield Path(folders[0])
-        dist.barrier()
-    finally:
-        if dist.get_rank() == 0:
-            shutil.rmtree(folders[0], ignore_errors=True)
 
 
 @two_ranks
@@ -81,7 +53,7 @@ def test_resumed_on_two_ranks_equals_uninterrupted(name: str, wrapper: str, opti
         settings['parallelism_config'] = {'fsdp': FSDP2Config(state_dict_type=kind)}
     # a gradient with a graph is not synchronised by a plain step
     interval = 1 if needs_graph(name) else 3
-    with _shared_folder() as folder:
+    with shared_folder() as folder:
         whole, _ = fit(registry[name](interval=interval), save_folder=str(folder), save_interval='1ba', **settings)
         assert any(isinstance(p, DTensor) for p in whole.state.model.parameters()) is (wrapper != 'ddp')
         dist.barrier()
@@ -131,7 +103,7 @@ def test_fp16_resumed_on_two_ranks_equals_uninterrupted(name: str) -> None:
     validate = composer_trainer._validate_precision
     composer_trainer._validate_precision = lambda *_: None  # the Trainer refuses amp_fp16 on a CPU
     try:
-        with _shared_folder() as folder:
+        with shared_folder() as folder:
             watches = _Growing(), _Growing()
             settings: dict[str, Any] = {'precision': Precision.AMP_FP16}
             whole, _ = fit(
@@ -190,7 +162,7 @@ def test_fsdp1_shards_of_a_checkpoint_go_on_in_the_same_bits(name: str) -> None:
 @two_ranks
 def test_a_checkpoint_of_two_ranks_goes_on_without_the_method_and_the_other_way_round() -> None:
     """Momentum intact: the first weights after loading depend on it."""
-    with _shared_folder() as folder:
+    with shared_folder() as folder:
         for number, (saving, loading) in enumerate((([SAM()], []), ([], [SAM()]))):
             here = folder / str(number)
             first, _ = fit(*saving, save_folder=str(here), save_interval='1ba')

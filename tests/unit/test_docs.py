@@ -146,7 +146,7 @@ def test_the_table_says_what_is_held_between_steps(name: str) -> None:
             optimizer.step(closure)
     held = [value for key, value in base.state[model.weight].items() if key != 'momentum_buffer']
     copies = sum(isinstance(value, torch.Tensor) for value in held)
-    assert (copies, len(held) - copies) == (method.held_copies, method.held_numbers)
+    assert (copies, len(held) - copies) == (method.held_copies, len(method.held_numbers))
     (row,) = (row for row in table() if row['name'] == name)
     assert [int(number) for number in re.findall(r'\d+', row['held'])] == [n for n in (copies, len(held) - copies) if n]
 

@@ -13,6 +13,7 @@ from composer_sam.engine.optimizer import SharpnessAwareOptimizer
 from composer_sam.engine.rule import Method
 from composer_sam.engine.wrappers import always_synchronises
 from composer_sam.trainers.composer.host import ComposerHost
+from composer_sam.trainers.composer.memory import expect_memory
 from composer_sam.trainers.composer.scaler import GradScaler
 
 __all__ = ['apply', 'register']
@@ -31,6 +32,8 @@ def apply(method: Method, event: Event, state: State, logger: Logger) -> None:
         _report(method, state)
         return
     _install_scaler(method, state)
+    if event == Event.BEFORE_LOAD:
+        expect_memory(method, state)
     if event == Event.FIT_START:
         _swap(method, state, logger)
 
