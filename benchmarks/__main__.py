@@ -3,6 +3,7 @@
     python -m benchmarks                        # the CPU set: an hour on two idle cores
     python -m benchmarks --images DIR           # CIFAR-10 from an image folder instead of torchvision's download
     python -m benchmarks --set long             # the slow set: curvature of ResNet-18
+    python -m benchmarks --set thrift           # SAM's cheaper settings beside SAM: 90 minutes on two idle cores
     python -m benchmarks --only memory scaling
 
 Finished cases are stored in benchmarks/.work, so that the same command continues an interrupted run. A case is measured
@@ -22,6 +23,7 @@ from benchmarks.report import RESULTS
 SETS = {
     'cpu': ('step_time', 'cheap_steps', 'optimizer_overhead', 'memory', 'scaling', 'quality', 'pareto'),
     'long': ('diagnostics',),
+    'thrift': ('thrift', 'thrift_picture'),
 }
 
 
@@ -35,7 +37,7 @@ def main() -> None:
         parser.error(f'--images: {options.images} is no directory')
     began = time.perf_counter()
     for name in options.only or SETS[options.set]:
-        arguments = ['--images', str(options.images)] if name == 'quality' and options.images else []
+        arguments = ['--images', str(options.images)] if name in ('quality', 'thrift') and options.images else []
         started = time.perf_counter()
         print(f'--- {name}', flush=True)
         subprocess.run([sys.executable, '-m', f'benchmarks.{name}', *arguments], check=True)

@@ -1,8 +1,8 @@
-"""The collectives of a step: requested by a method, predicted by arithmetic, and counted on real ranks.
+"""The collectives of a step: predicted by arithmetic, and counted on real ranks.
 
-:func:`needs` runs a method on the engine and records what it requests. :func:`ddp` and :func:`sharded` are arithmetic:
-they compute the collectives for any model and any number of ranks. :func:`counted` runs the same step on gloo
-processes and counts the collectives that reach torch's dispatcher, from Python and from the C++ code of
+:func:`ddp` and :func:`sharded` are arithmetic: they compute the collectives of what a method requests
+(``benchmarks/needs.py``) for any model and any number of ranks. :func:`counted` runs the same step on gloo processes
+and counts the collectives that reach torch's dispatcher, from Python and from the C++ code of
 DistributedDataParallel. ``benchmarks/scaling.py`` compares the two.
 """
 
@@ -26,107 +26,21 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.needs import Needs, Variant, needs
 from benchmarks.workloads import Batches, make_trainer
-from composer_sam import SharpnessAwareOptimizer, registry
-from composer_sam.engine.counting import count
-from composer_sam.engine.moment import Moment
-from composer_sam.engine.rule import PlainRule
-from composer_sam.methods.base import SharpnessAware
-from composer_sam.vectors import Layout
+from composer_sam import SharpnessAwareOptimizer
 
 __all__ = [
     'STRATEGIES',
     'Collective',
-    'Needs',
     'Size',
-    'Variant',
     'counted',
     'counted_in_trainer',
     'ddp',
-    'needs',
     'sharded',
 ]
 
 warnings.filterwarnings('ignore', message=r'Using backward\(\) with create_graph')  # the step releases the graph
-
-WARMUP = 3  # DistributedDataParallel arranges its buckets in its first steps
-
-
-# Requested by a method.
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A method at every ``interval``-th step; ``'SGD'`` is the base step."""
-
-    name: str
-    interval: int = 1
-
-    @property
-    def method(self) -> SharpnessAware | None:
-        return None if self.name == 'SGD' else registry[self.name](interval=self.interval)
-
-    @property
-    def algorithms(self) -> list[SharpnessAware]:
-        return [] if self.method is None else [self.method]
-
-    @property
-    def shardable(self) -> bool:
-        """Whether it runs under FSDP, which cannot differentiate a gradient again."""
-        return self.method is None or not self.method.backwards_create_graph
-
-    def __str__(self) -> str:
-        return self.name if self.interval == 1 else f'{self.name}, interval {self.interval}'
-
-
-@dataclass(frozen=True)
-class Needs:
-    """The requests of ``steps`` steps to the ranks.
-
-    Args:
-        steps: as many as the method's interval, one of which it perturbs.
-        passes: forward-backward passes.
-        reduced: those whose gradient is averaged over ranks; the others stay on their ranks, where the wrapper can.
-        means: averages of a whole vector that the method takes itself, where gradients were left on their ranks.
-        sums: of numbers over all shards, for norms and inner products.
-        summed: how many numbers these add up.
-    """
-
-    steps: int = 0
-    passes: int = 0
-    reduced: int = 0
-    means: int = 0
-    sums: int = 0
-    summed: int = 0
-
-
-class _NotedLayout(Layout):
-    def __init__(self, noted: list[int], parameters: Any):
-        super().__init__(parameters)
-        self._noted = noted
-
-    def sums(self, columns: Any, where: Any) -> list[Tensor]:
-        self._noted.append(len(columns))
-        return super().sums(columns, where)
-
-
-def needs(variant: Variant) -> Needs:
-    """Return the requests of a method from one perturbed step to the next, recorded while its rule runs."""
-    method, noted = variant.method, []
-    counts = []
-    for number in range(variant.interval):
-        moment = Moment(batch=number)
-        through = method is not None and (method.perturbs(moment) or method.takes_every_step)
-        rule = method.resolved(moment, []) if method is not None and through else PlainRule()
-        counts.append(count(rule, number, functools.partial(_NotedLayout, noted)))
-    return Needs(
-        variant.interval,
-        sum(found.passes for found in counts),
-        sum(found.synchronised for found in counts),
-        sum(found.averages for found in counts),
-        len(noted),
-        sum(noted),
-    )
 
 
 # Predicted by arithmetic.
@@ -181,13 +95,14 @@ def ddp(needs: Needs, size: Size, ranks: int) -> list[Collective]:
     """Return the collectives under DistributedDataParallel.
 
     A gradient is reduced in buckets. A mean is reduced in one piece, in which each tensor has one more element that
-    says whether a rank had it. Every rank computes its own norms.
+    says whether a rank had it. Every rank computes its own norms. The numbers that are agreed on are of fp32.
     """
     gradients = needs.reduced * size.parameters + needs.means * (size.parameters + size.tensors)
     number = needs.reduced * size.buckets + needs.means
     return _merged(
         [
             Collective('all_reduce', ranks, number, gradients * size.width),
+            Collective('all_reduce', ranks, needs.agreed, 4 * needs.agreed),
             Collective('broadcast', ranks, needs.steps * len(size.buffers), needs.steps * sum(size.buffers)),
         ]
     )
@@ -313,7 +228,7 @@ def _with_buckets(size: Size, model: Any) -> Size:
 
 
 def counted(strategy: str, variant: Variant) -> dict[str, Any]:
-    """Return the counted and the predicted collectives of ``interval`` steps; called on every rank."""
+    """Return the counted and the predicted collectives of the variant's steps; called on every rank."""
     wrap, shards, _ = STRATEGIES[strategy]
     ranks, method = dist.get_world_size(), variant.method
     network = _network(whole=shards is None)
@@ -330,10 +245,10 @@ def counted(strategy: str, variant: Variant) -> dict[str, Any]:
         loss.backward(create_graph=method is not None and method.backwards_create_graph)
         return loss
 
-    for _ in range(WARMUP):
+    for _ in range(variant.warmup):
         optimizer.step(closure)
     with _Counting() as counting:
-        for _ in range(variant.interval):
+        for _ in range(variant.steps):
             optimizer.step(closure)
     asked = needs(variant)
     if shards is None:
@@ -360,13 +275,13 @@ def counted_in_trainer(variant: Variant) -> dict[str, Any]:
 
     The prediction leaves out the trainer's own collectives.
     """
-    network, batches = _network(whole=True), Batches(8, variant.interval, (64,), torch.device('cpu'))
+    network, batches = _network(whole=True), Batches(8, variant.steps, (64,), torch.device('cpu'))
     size = _size(network)
     trainer = make_trainer(network, batches, variant.algorithms)
-    trainer.fit(duration=f'{WARMUP}ba')
+    trainer.fit(duration=f'{variant.warmup}ba')
     counter = _Batchwise()
     trainer.state.callbacks.append(counter)
-    trainer.fit(duration=f'{variant.interval}ba')
+    trainer.fit(duration=f'{variant.steps}ba')
     size = _with_buckets(size, trainer.state.model)
     return _beside(ddp(needs(variant), size, dist.get_world_size()), counter.counting)
 

@@ -30,6 +30,7 @@ from benchmarks.memory import memory_rows
 from benchmarks.optimizer_overhead import COLUMNS as OVERHEAD_COLUMNS
 from benchmarks.optimizer_overhead import NOTE as OVERHEAD_NOTE
 from benchmarks.optimizer_overhead import overhead_rows, torchvision_model
+from benchmarks.optimizer_variants import METHODS
 from benchmarks.report import Report, Table
 from benchmarks.workloads import Batches, Clock, make_trainer, network
 from composer_sam import SAM
@@ -116,7 +117,7 @@ def step_time(options: argparse.Namespace, device: torch.device) -> Table:
 
 
 def overhead(options: argparse.Namespace, device: torch.device) -> Table:
-    """(c) The optimizer's part of a step, with both ways of moving the weights."""
+    """(c) The optimizer's part of a step of SAM, with both ways of moving the weights."""
     table = Table('Optimizer-side cost of a step', ('model', *OVERHEAD_COLUMNS), note=OVERHEAD_NOTE)
     on_gpu = device.type == 'cuda'
     for model in ('resnet18', 'vit_b_16') if on_gpu else ('resnet18',):
@@ -127,18 +128,31 @@ def overhead(options: argparse.Namespace, device: torch.device) -> Table:
     return table
 
 
+def methods(options: argparse.Namespace, device: torch.device) -> Table:
+    """(c) The optimizer's part of a step of every method."""
+    table = Table('Optimizer-side cost of a step of every method', ('model', *OVERHEAD_COLUMNS), note=OVERHEAD_NOTE)
+    model = 'vit_b_16' if device.type == 'cuda' else 'resnet18'
+    net = torchvision_model(model).to(device)
+    for row in overhead_rows(net, 'SGD', list(METHODS), ['default'], device, options.rounds):
+        table.add(model, *row)
+    return table
+
+
 def memory(options: argparse.Namespace, device: torch.device) -> Table:
-    """(d) Memory beyond the base optimizer."""
+    """(d) Memory beyond the base optimizer: of every method, and of SAM with both ways of moving the weights."""
     del options
     table = Table('Memory beyond the base optimizer', MEMORY_COLUMNS, note=MEMORY_NOTE)
     for model in ('resnet18', 'vit_b_16') if device.type == 'cuda' else ('resnet18',):
-        for row in memory_rows(model, 'SGD', ['SAM'], ['default', 'copy', 'exchange'], device):
+        for row in (
+            *memory_rows(model, 'SGD', list(METHODS), ['default'], device),
+            *memory_rows(model, 'SGD', ['SAM'], ['copy', 'exchange'], device, peers=()),
+        ):
             table.add(*row)
     return table
 
 
 def graphs(options: argparse.Namespace, device: torch.device) -> Table:
-    """(e) A captured CUDA graph as the closure gives the eager trajectory."""
+    """(e) A captured CUDA graph as the closure gives the eager trajectory, for every method that can use one."""
     del options
     return check_graphs(device)
 
@@ -161,6 +175,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace, torch.device], Table]] = {
     'graphs': graphs,
     'memory': memory,
     'overhead': overhead,
+    'methods': methods,
     'time': step_time,
     'compile': compiled,
 }

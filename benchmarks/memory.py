@@ -26,16 +26,18 @@ from benchmarks.optimizer_variants import (
     METHODS,
     NEEDS,
     PEERS,
+    MakeClosure,
     Wrap,
     available_peers,
+    closure_of,
     curved_closure,
     hessian_by_hand,
     ours,
     passes_by_hand,
-    twice,
+    plain_closure,
 )
 from benchmarks.report import Report, Table
-from benchmarks.workloads import BASES, gradient_closure
+from benchmarks.workloads import BASES
 
 __all__ = ['COLUMNS', 'NOTE', 'memory_rows']
 
@@ -44,7 +46,9 @@ NOTE = (
     'In copies of the parameters, beyond the base optimizer with the same closure. Stated: by the method, an upper '
     'bound (extra_copies). Needed by the rule: at the peak, with the least we know a way for. A method that '
     "differentiates twice is measured beyond a base step whose backward keeps its graph; 'beyond its double backward': "
-    "beyond one that also takes the Hessian's product with a vector, two copies, and drops it."
+    "beyond one that also takes the Hessian's product with a vector, two copies, and drops it. Where steps differ, one "
+    "with all passes is measured, and for 'one pass' one of the others. FunctionalSAM also keeps the gradient at the "
+    "model's outputs, one number here, whose size goes with the batch."
 )
 _STEPS = 2  # the first makes the base optimizer's state and the peers' own
 
@@ -58,14 +62,16 @@ def memory_rows(
     peers: Sequence[str] = (COMPOSER,),
 ) -> list[tuple[Any, ...]]:
     """Return the rows of the report for one model and one base optimizer."""
-    floors: dict[Any, tuple[int, int, int]] = {}
+    floors: dict[tuple[Wrap, MakeClosure], tuple[int, int, int]] = {}
     rows: list[tuple[Any, ...]] = []
 
-    def add(label: str, wrap: Wrap, stated: Any, needed: Any, floor: Wrap, curved: bool = False) -> None:
-        if (key := (floor, curved)) not in floors:
-            floors[key] = _measured(model, base, floor, device, curved)
+    def add(
+        label: str, wrap: Wrap, stated: Any, needed: Any, floor: Wrap, make_closure: MakeClosure = plain_closure
+    ) -> None:
+        if (key := (floor, make_closure)) not in floors:
+            floors[key] = _measured(model, base, floor, device, make_closure)
         held, peak, copy = floors[key]
-        own_held, own_peak, _ = _measured(model, base, wrap, device, curved)
+        own_held, own_peak, _ = _measured(model, base, wrap, device, make_closure)
         rows.append((model, base, label, (own_held - held) / copy, (own_peak - peak) / copy, stated, needed))
 
     plain = passes_by_hand(1)
@@ -73,16 +79,18 @@ def memory_rows(
         add(name, PEERS[name].wrap, '', NEEDS[PEERS[name].rule].copies, plain)
     for method in methods:
         needed = NEEDS[method].copies if method in NEEDS else ''
-        stated, curved = METHODS[method]().extra_copies, twice(method)
+        stated, closure = METHODS[method]().extra_copies, closure_of(method)
         for placement in placements:
             label = method if placement == 'default' else f'{method}, {placement}'
-            add(label, ours(method, placement), stated, needed, plain, curved)
-            if curved:
-                add(f'{label}, beyond its double backward', ours(method, placement), '', 0, hessian_by_hand, curved)
+            add(label, ours(method, placement), stated, needed, plain, closure)
+            if closure is curved_closure:
+                add(f'{label}, beyond its double backward', ours(method, placement), '', 0, hessian_by_hand, closure)
     return rows
 
 
-def _measured(model: str, base: str, wrap: Wrap, device: torch.device, curved: bool) -> tuple[int, int, int]:
+def _measured(
+    model: str, base: str, wrap: Wrap, device: torch.device, make_closure: MakeClosure
+) -> tuple[int, int, int]:
     """Return the bytes held after a step, the bytes at its peak, and the bytes of the parameters."""
     gc.collect()
 
@@ -95,7 +103,7 @@ def _measured(model: str, base: str, wrap: Wrap, device: torch.device, curved: b
                 tensor.detach().fill_(1)
             parameters = list(net.parameters())
             idle = BASES[base](parameters)  # for the closure, which zeroes gradients
-            closure = curved_closure(parameters, idle) if curved else gradient_closure(parameters, idle)
+            closure = make_closure(net, idle)
             step = wrap(net, BASES[base])
         for index in range(_STEPS):
             with mark(f'step {index}'):

@@ -42,16 +42,19 @@ from benchmarks.optimizer_variants import (
     METHODS,
     NEEDS,
     PEERS,
+    MakeClosure,
     Wrap,
     available_peers,
+    closure_of,
     curved_closure,
     hessian_by_hand,
     ours,
     passes_by_hand,
-    twice,
+    plain_closure,
+    watched_closure,
 )
 from benchmarks.report import Report, Table
-from benchmarks.workloads import BASES, gradient_closure
+from benchmarks.workloads import BASES
 from composer_sam.engine.attributes import AttributeControl
 from composer_sam.engine.controls import BufferControl, RandomControl
 from composer_sam.engine.placement import Placement
@@ -79,9 +82,10 @@ NOTE = (
     'Beyond the passes: median over rounds of the difference to the floor of the same round; ± is half the '
     'interquartile range. Reads and writes: how often the rule has to touch an element for every parameter beyond its '
     'passes and the base step; memory floor: as many at the bandwidth of the multi-tensor copy or add, whichever was '
-    "faster. Fastest peer: another package's wrapper of the same rule. Host: until the call returned, the device not "
-    "drained. ASAM has no peer (pytorch_optimizer's adaptive SAM takes |w| for every tensor, without eta), nor have "
-    'GAM, SAMDirection, SAMMagnitude and SGDHess.'
+    "faster. Fastest peer: another package's wrapper of the same rule; ASAM has none (pytorch_optimizer's adaptive SAM "
+    'takes |w| for every tensor, without eta). Host: until the call returned, the device not drained. Where steps '
+    "differ, those with all passes are measured, and for 'one pass' the others. FunctionalSAM needs outputs to watch: "
+    'in its passes, and in those of its floor, one number takes their place.'
 )
 SIZES = (
     *('10x1e4', '10x1e6', '10x1e7'),
@@ -119,7 +123,7 @@ def overhead_rows(
 
     def row(label: str) -> tuple[Any, ...]:
         own, rule = samples[label], rules.get(label, label)
-        count = _MOVED.get(rule) or (NEEDS[rule].accesses if rule in NEEDS else None)
+        count = _MOVED.get(rule) or (NEEDS[rule].accesses_with(base) if rule in NEEDS else None)
         figures: list[Any] = [1e6 * median(own.seconds)]
         figures += [1e6 * cost[label], 1e6 * spread(beyond[label])] if label in floors else ['', '']
         if count is None:
@@ -141,9 +145,10 @@ def _variants(
     """Return the step of every variant by its name, and the names of its floor and its rule if it has them."""
     parameters = list(net.parameters())
     first = BASES[base](parameters)
-    plain = gradient_closure(parameters, first)
+    plain = plain_closure(net, first)
     plain()
     first.step()
+    closures: dict[MakeClosure, Callable[..., Any]] = {plain_closure: plain}
 
     def make_base(groups: Any, **options: Any) -> Optimizer:
         """Return a base optimizer that shares the state of the first, so that memory and caches are equal."""
@@ -155,7 +160,6 @@ def _variants(
     steps: dict[str, Callable[[], object]] = {}
     floors: dict[str, str] = {}
     rules: dict[str, str] = {}
-    curved = curved_closure(parameters, first) if any(map(twice, methods)) else None
 
     def add(label: str, wrap: Wrap, closure: Any = plain) -> None:
         steps[label] = functools.partial(wrap(net, make_base), closure)
@@ -164,19 +168,31 @@ def _variants(
     sources = [p.detach() for p in parameters]
     steps[_COPY] = lambda: torch._foreach_copy_(targets, sources)
     steps[_ADD] = lambda: torch._foreach_add_(targets, sources)
-    for count in sorted({2, *(METHODS[name]().passes for name in methods if not twice(name))}):
-        add(f'floor, {count} passes', passes_by_hand(count))
-    if curved is not None:
-        add('floor, double backward', hessian_by_hand, curved)
+
+    def floor_of(name: str) -> str:
+        """Return the name of a method's floor, which is added if there is none yet."""
+        make_closure = closure_of(name)
+        count = METHODS[name]().fewest_passes  # all its steps take as many
+        watched = ', watched' if make_closure is watched_closure else ''
+        label = 'floor, double backward' if make_closure is curved_closure else f'floor, {count} passes{watched}'
+        if make_closure not in closures:
+            closures[make_closure] = make_closure(net, first)
+        if label not in steps:
+            hand = hessian_by_hand if make_closure is curved_closure else passes_by_hand(count)
+            add(label, hand, closures[make_closure])
+        return label
+
+    add('floor, 2 passes', passes_by_hand(2))
+    for name in methods:
+        floor_of(name)
     for name in peers:
         add(name, PEERS[name].wrap)
         floors[name], rules[name] = 'floor, 2 passes', PEERS[name].rule
     for name in methods:
         for placement in placements:
             label = name if placement == 'default' else f'{name}, {placement}'
-            add(label, ours(name, placement), curved if twice(name) else plain)
-            rules[label] = name
-            floors[label] = 'floor, double backward' if twice(name) else f'floor, {METHODS[name]().passes} passes'
+            floors[label], rules[label] = floor_of(name), name
+            add(label, ours(name, placement), closures[closure_of(name)])
     return steps, floors, rules
 
 
@@ -220,7 +236,7 @@ def _broken_down(case: str, base: str, settings: argparse.Namespace) -> list[tup
     rows = []
     for method in settings.methods:
         idle = BASES[base](parameters)
-        closure = curved_closure(parameters, idle) if twice(method) else gradient_closure(parameters, idle)
+        closure = closure_of(method)(net, idle)
         step = ours(method)(net, BASES[base])
         step(closure)
         collected: dict[str, list[float]] = defaultdict(list)

@@ -22,11 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy import stats
 
 from benchmarks.cifar import image_folder, small_folder
-from benchmarks.measure import ratios
-from benchmarks.quality_runs import VALIDATION, Candidate, Outcome, Task, train
+from benchmarks.quality_runs import VALIDATION, Candidate, Outcome, Task, best, equal_compute, train
 from benchmarks.report import WORK, Report, Table, code
 
 INTERVALS = (2, 5, 10)
@@ -65,13 +63,15 @@ def tasks(images: Callable[[], Path]) -> dict[str, Callable[[], Task]]:
         root = small_folder(images(), train=200, test=200)
         overrides = (f'data.root={root}', 'data.eval_batch_size=400', 'model.depth=10')
         name = 'CIFAR-10, 2,000 images, 20% wrong labels'
-        return Task(name, 'yamls/study/cifar10/sgd.yaml', overrides, 16, _RESNET, intervals=True)
+        recipe = 'yamls/study/cifar10/sgd.yaml'
+        return Task(name, recipe, overrides, 16, _RESNET, intervals=True, normalised=True)
 
     def full() -> Task:
         if not torch.cuda.is_available():
             raise SystemExit('the task cifar10 trains ResNet-18 on 50,000 images: it needs a GPU; try cifar10-small')
         overrides = ('data.name=image_folder', f'data.root={images()}', 'precision=amp_bf16')
-        return Task('CIFAR-10, ResNet-18', 'yamls/cifar10/resnet18_sgd.yaml', overrides, 50, _RESNET, intervals=True)
+        recipe = 'yamls/cifar10/resnet18_sgd.yaml'
+        return Task('CIFAR-10, ResNet-18', recipe, overrides, 50, _RESNET, intervals=True, normalised=True)
 
     return {
         **{f'digits-{round(100 * noise)}': (lambda noise=noise: digits(noise)) for noise in (0.0, 0.2, 0.4, 0.6)},
@@ -80,9 +80,8 @@ def tasks(images: Callable[[], Path]) -> dict[str, Callable[[], Task]]:
     }
 
 
-def run(task: Task, seeds: int, jobs: int | None) -> dict[str, Any]:
-    """Choose the arguments on the validation split, then train and test."""
-    folder = WORK / f'quality-{code()}'
+def run(task: Task, seeds: int, jobs: int | None, folder: Path) -> dict[str, Any]:
+    """Choose the arguments on the validation split, then train and test; ``folder`` has the runs' files."""
 
     def trained(candidates: Sequence[Candidate], seeds: int, validation: bool) -> dict[Candidate, Outcome]:
         return train(task, candidates, seeds, folder, validation, jobs)
@@ -92,14 +91,14 @@ def run(task: Task, seeds: int, jobs: int | None) -> dict[str, Any]:
         for method, radii in task.radii.items()
     }
     validated = trained([c for own in candidates.values() for c in own], CHOOSING_SEEDS, validation=True)
-    chosen = [_best(own, validated) for own in candidates.values()]
+    chosen = [best(own, validated) for own in candidates.values()]
     fixed, scaled = [], []
     if task.intervals:
-        rho = dict(next(c for c in chosen if c.method == 'SAM').arguments)['rho']
+        rho = float(dict(next(c for c in chosen if c.method == 'SAM').arguments)['rho'])
         fixed = [_sam(rho, interval) for interval in INTERVALS]
         wider = [[_sam(factor * rho, k) for factor in (math.sqrt(k), float(k))] for k in INTERVALS]
         validated |= trained([c for own in wider for c in own], CHOOSING_SEEDS, validation=True)
-        scaled = [_best(own, validated) for own in wider]
+        scaled = [best(own, validated) for own in wider]
     plain = [Candidate(longer=longer) for longer in LONGER]
     tested = trained([*plain, *chosen, *fixed, *scaled], seeds, validation=False)
 
@@ -110,7 +109,6 @@ def run(task: Task, seeds: int, jobs: int | None) -> dict[str, Any]:
                 'method': candidate.method,
                 'arguments': dict(candidate.arguments),
                 'longer': candidate.longer,
-                'evaluations': candidate.evaluations,
                 'chosen': candidate in chosen or candidate in scaled,
                 'knob': 'fixed' if candidate in fixed else 'scaled' if candidate in scaled else '',
                 **asdict(outcome),
@@ -123,11 +121,6 @@ def run(task: Task, seeds: int, jobs: int | None) -> dict[str, Any]:
 
 def _sam(rho: float, interval: int) -> Candidate:
     return Candidate('SAM', (('rho', float(f'{rho:.3g}')), ('interval', interval)))
-
-
-def _best(candidates: Sequence[Candidate], outcomes: dict[Candidate, Outcome]) -> Candidate:
-    """Return the most accurate candidate; of equal ones the first, which has the smallest radius."""
-    return max(candidates, key=lambda candidate: statistics.mean(outcomes[candidate].accuracy))
 
 
 def validation_table() -> Table:
@@ -161,30 +154,21 @@ def add(found: dict[str, Any], validation: Table, tested: Table) -> None:
         validation.add(found['task'], row['name'], statistics.mean(row['accuracy']), row['chosen'])
     rows = found['tested']
     plain = {row['longer']: row for row in rows if row['method'] == 'SGD'}
+    base = Outcome.of(plain[1])
     for row in rows:
-        cost = _cost(row, plain[1])
-        longer = next((longer for longer in LONGER if 1.1 * longer >= cost), LONGER[-1])
-        gain, sure = _gain(row, plain[1])
-        fair, fair_sure = _gain(row, plain[longer])
+        own = Outcome.of(row)
+        cost = own.cost(base)
+        longer = equal_compute(cost, LONGER)
+        gain, sure = own.gain(base)
+        fair, fair_sure = own.gain(Outcome.of(plain[longer]))
         tested.add(
             *(found['task'], row['name'], row['method'], row['knob']),
             *(len(row['accuracy']), statistics.mean(row['accuracy']), statistics.stdev(row['accuracy'])),
-            *(statistics.median(row['accuracy']), row['evaluations'], cost),
+            *(statistics.median(row['accuracy']), statistics.mean(row['passes']), cost),
             *(gain, sure, plain[longer]['name'], fair, fair_sure),
             *(statistics.median(loss if loss is not None else math.nan for loss in row['train_loss']),),
             statistics.median(row['milliseconds']),
         )
-
-
-def _cost(row: dict[str, Any], base: dict[str, Any]) -> float:
-    return statistics.median(ratios(row['milliseconds'], base['milliseconds'])) * row['steps'] / base['steps']
-
-
-def _gain(row: dict[str, Any], base: dict[str, Any]) -> tuple[float, float]:
-    """Return the mean gain in points, paired by seed, and half its 95% confidence interval."""
-    gains = [own - other for own, other in zip(row['accuracy'], base['accuracy'], strict=True)]
-    half = stats.t.ppf(0.975, len(gains) - 1) * statistics.stdev(gains) / math.sqrt(len(gains))
-    return statistics.mean(gains), float(half)
 
 
 def main() -> None:
@@ -199,6 +183,7 @@ def main() -> None:
     if options.seeds < 2:
         parser.error(f'--seeds must be >= 2, got {options.seeds}: a spread needs two')
 
+    folder = WORK / f'quality-{code()}'  # of the code that this process began with
     config = {key: value for key, value in vars(options).items() if key != 'images'}
     report = Report('quality', {**config, 'validation': VALIDATION, 'choosing_seeds': CHOOSING_SEEDS}, options.json)
     validation, tested = validation_table(), test_table()
@@ -206,7 +191,8 @@ def main() -> None:
     for name in options.tasks:
         task = known[name]()
         report.config[name] = {**asdict(task), 'overrides': [o for o in task.overrides if 'data.root' not in o]}
-        add(report.case(name, lambda task=task: run(task, options.seeds, options.jobs)), validation, tested)
+        found = report.case(name, lambda task=task: run(task, options.seeds, options.jobs, folder))
+        add(found, validation, tested)
     report.add(tested)
     report.add(validation)
     report.write()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import RESULTS
+from benchmarks.thrift_tables import NONE, REMEDIES_BESIDE, SHARES, SHARES_COLUMNS, verdict
 from composer_sam.files import write_whole
 from composer_sam.markdown import table
 
@@ -230,11 +231,45 @@ def _gain(row: Row, gain: str, half: str) -> str:
     return f'{row[gain]:+.1f} ± {row[half]:.1f}'
 
 
+def thrift() -> str:
+    """Return the table of docs/choosing.md with the share of SAM's gain that every cheaper setting keeps."""
+    rows = Figures('thrift').rows(SHARES)
+    tasks = [column for column in rows[0] if column not in SHARES_COLUMNS]
+    found = []
+    for row in rows:
+        shares = [row[task] if row[task] == NONE else f'{row[task]:.0f} %' for task in tasks]
+        found.append(
+            (
+                *(row['variant'], f'{row["passes"]:.2f}', f'{row["cost from"]:.2f}x - {row["to"]:.2f}x'),
+                *(f'{row["smallest share"]:.0f} %', row['goal'], *shares),
+            )
+        )
+    columns = ('SAM, or a method', 'passes', 'cost', 'smallest share', 'goal', *tasks)
+    return f'{verdict(rows)}\n\n{table(columns, found)}'
+
+
+def remedies() -> str:
+    """Return the table of docs/choosing.md with what is left of SAM's gain beside cheap remedies."""
+    rows = Figures('thrift').rows(REMEDIES_BESIDE)
+    found = [
+        (
+            *(row['task'], row['remedy'], f'{row["SGD with it"]:.1f} ± {row["±"]:.1f} %'),
+            *(_gain(row, 'gain of the remedy', '± 95%'), f'{row["SAM with it"]:.1f} ± {row["± of SAM"]:.1f} %'),
+            _gain(row, 'gain of SAM beside it', '± 95% of SAM'),
+        )
+        for row in rows
+    ]
+    columns = ('task', 'remedy', 'SGD with it', 'gain of the remedy', 'SAM with it', 'gain of SAM beside it')
+    return table(columns, found)
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     'results': results,
     'accuracies': accuracies,
     'intervals': intervals,
     'radii': radii,
+    'thrift': thrift,
+    'remedies': remedies,
 }
 
 

@@ -23,27 +23,16 @@ import torch
 import torch.multiprocessing
 from torch import nn
 
-from benchmarks.collectives import (
-    STRATEGIES,
-    Collective,
-    Needs,
-    Size,
-    Variant,
-    counted,
-    counted_in_trainer,
-    ddp,
-    needs,
-    sharded,
-)
+from benchmarks.collectives import STRATEGIES, Collective, Size, counted, counted_in_trainer, ddp, sharded
 from benchmarks.measure import interleaved, median, ratios, spread
+from benchmarks.needs import METHODS, Needs, Variant, needs
 from benchmarks.ranks import on_ranks
 from benchmarks.report import Report, Table
 from benchmarks.workloads import Batches, Clock, make_trainer
-from composer_sam import registry
 from composer_sam.recipes.models import mlp
 
 SECTIONS = ('measured', 'paper', 'checked')
-SECONDS = 300  # for everything a set of ranks does
+SECONDS = 900  # for everything a set of ranks does
 BATCH = 64
 # Layers and width: the first three have as many parameters in ever more tensors, the last three ever more in as many.
 DEPTHS = ((4, 256), (16, 128), (64, 64))
@@ -63,7 +52,12 @@ NODE = 8  # ranks that share one copy under HSDP
 EXAMPLE = ('7e9', 1024)
 
 MEASURED = ('grows', 'layers x width', 'tensors', 'parameters', 'micro-batches', 'processes', 'variant', 'ms per step')
-ASKED = ('variant', 'passes P', 'averaged by DDP G', 'by the method M', 'sums over shards K', 'numbers in them k')
+# Two passes, without and with an average of their own, and four; one pass, one with a memory, one or two, three.
+CHOSEN = ('SAM', 'WSAM', 'GAM', 'MSAM', 'FriendlySAM', 'LookSAM', 'CRSAM')
+ASKED = (
+    *('variant', 'passes P', 'averaged by DDP G', 'by the method M', 'sums over shards K', 'numbers in them k'),
+    'numbers agreed A',
+)
 ARITHMETIC = ('model is', 'collective', 'over ranks', 'number', 'bytes of the tensors', 'bytes a rank sends')
 CHECKED = ('model is', 'ranks', 'variant', 'steps', 'predicted', 'counted', 'bytes predicted', 'bytes counted', 'equal')
 TRAINER = ('ranks', 'variant', 'steps', 'predicted without', 'counted', "Composer's own", 'predicted own', 'equal')
@@ -113,7 +107,7 @@ def _figures(own: Sequence[float], base: Sequence[float]) -> tuple[float, ...]:
 
 
 def add_measured(report: Report, interval: int, rounds: int) -> None:
-    chosen = [*map(Variant, ('SAM', 'WSAM', 'GAM')), Variant('SAM', interval)]
+    chosen = [*map(Variant, CHOSEN), Variant('SAM', interval)]
     variants = {'base': Variant('SGD'), 'base again': Variant('SGD'), **{str(variant): variant for variant in chosen}}
     table = Table(
         'Step time as the model, its micro-batches and the processes grow',
@@ -153,7 +147,7 @@ def add_measured(report: Report, interval: int, rounds: int) -> None:
 
 def all_variants(interval: int) -> list[Variant]:
     """Return the base step, every method at every step, and every method at every ``interval``-th step."""
-    return [Variant('SGD'), *map(Variant, registry), *(Variant(name, interval) for name in registry)]
+    return [Variant('SGD'), *map(Variant, METHODS), *(Variant(name, interval) for name in METHODS)]
 
 
 def layouts(asked: Needs, size: Size, ranks: int) -> dict[str, list[Collective]]:
@@ -169,7 +163,7 @@ def sent(variant: Variant, size: Size, ranks: int, layout: str) -> float | None:
     """Return the bytes a rank sends in an average step, None where the method does not support the layout."""
     if layout != 'DDP' and not variant.shardable:
         return None
-    return sum(one.traffic for one in layouts(needs(variant), size, ranks)[layout]) / variant.interval
+    return sum(one.traffic for one in layouts(needs(variant), size, ranks)[layout]) / variant.steps
 
 
 def asked_table(variants: Sequence[Variant]) -> Table:
@@ -179,13 +173,17 @@ def asked_table(variants: Sequence[Variant]) -> Table:
         note=(
             'Average step, noted on the rules as they run on the engine. Of its P gradients DDP averages G, the method '
             'averages M vectors itself, and the rest stays on its rank. FSDP averages all P, and leaves nothing to the '
-            'method; only shards need sums of numbers over the ranks, for norms and inner products.'
+            'method; only shards need sums of numbers over the ranks, for norms and inner products, and only replicas '
+            'numbers on which they agree, to decide alike. LookSAM has all passes in every k-th of the steps that it '
+            'perturbs, here the fifth. In AESAM the gradients decide, in RandomSAM a random number: their average step '
+            'lies between both cases; with one pass RandomSAM asks what SGD does. MSAM needs a second sum if the base '
+            'optimizer adds weight decay to the gradient, as SGD can.'
         ),
     )
     for variant in variants:
         of = needs(variant)
-        figures = (of.passes, of.reduced, of.means, of.sums, of.summed)
-        table.add(str(variant), *(figure / variant.interval for figure in figures))
+        figures = (of.passes, of.reduced, of.means, of.sums, of.summed, of.agreed)
+        table.add(str(variant), *(figure / variant.steps for figure in figures))
     return table
 
 
@@ -194,14 +192,14 @@ def arithmetic_table() -> Table:
         'The arithmetic',
         ARITHMETIC,
         note=(
-            'In an average step: P, G, M, K, k as above; N parameters of b bytes in T tensors; n ranks, s of them hold '
-            'one copy (FSDP: s = n); B buckets; u wrapped units, each gathered for the forward and again for the '
+            'In an average step: P, G, M, K, k, A as above; N parameters of b bytes in T tensors; n ranks, s of them '
+            'hold one copy (FSDP: s = n); B buckets; u wrapped units, each gathered for the forward and again for the '
             'backward (a root with parameters of its own only once); buffers of t data types and β bytes. The ring '
             'algorithm sends (n-1)/n of a tensor to gather it, as much to reduce and scatter it, and both to reduce it '
             'for all.'
         ),
     )
-    table.add('DDP', 'all_reduce', 'n', 'G B + M', '(G N + M (N + T)) b', '2 (n-1)/n of them')
+    table.add('DDP', 'all_reduce', 'n', 'G B + M + A', '(G N + M (N + T)) b + 4 A', '2 (n-1)/n of them')
     table.add('DDP', 'broadcast', 'n', 't', 'β', 'all')
     table.add('FSDP, HSDP', 'all_gather', 's', '2 P u', '2 P N b', '(s-1)/s of them')
     table.add('FSDP, HSDP', 'reduce_scatter', 's', 'P u', 'P N b', '(s-1)/s of them')
@@ -226,8 +224,8 @@ def example_table(variants: Sequence[Variant]) -> Table:
                 continue
             collectives = layouts(needs(variant), size, ranks)[layout]
             of = [[one for one in collectives if one.kind == kind] for kind in kinds]
-            numbers = [sum(one.number for one in own) / variant.interval for own in of]
-            volumes = [sum(one.bytes for one in own) / variant.interval / 1e9 for own in of]
+            numbers = [sum(one.number for one in own) / variant.steps for own in of]
+            volumes = [sum(one.bytes for one in own) / variant.steps / 1e9 for own in of]
             table.add(layout, str(variant), *numbers, *volumes, traffic / 1e9, traffic / base)
     return table
 
@@ -296,13 +294,13 @@ def add_checked(report: Report, variants: Sequence[Variant]) -> bool:
             if strategy == 'Trainer':
                 own = numbers[1] - numbers[0]
                 plain = own if index == 0 else plain
-                own_predicted = plain * variant.interval + needs(variant).passes - variant.interval
+                own_predicted = plain * variant.steps + needs(variant).passes - variant.steps
                 figures = (*numbers, own, own_predicted, own == own_predicted and of['ranks alike'])
-                trainer.add(ranks, str(variant), variant.interval, *figures)
+                trainer.add(ranks, str(variant), variant.steps, *figures)
             else:
                 equal = predicted == found and of['ranks alike']
                 kinds = _kinds(found) if equal else f'{_kinds(found)} instead of {_kinds(predicted)}'
-                engine.add(strategy, ranks, str(variant), variant.interval, *numbers, *volumes, equal, kinds)
+                engine.add(strategy, ranks, str(variant), variant.steps, *numbers, *volumes, equal, kinds)
     report.add(engine)
     report.add(trainer)
     return all(row[table.columns.index('equal')] for table in (engine, trainer) for row in table.rows)

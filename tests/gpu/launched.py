@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from composer_sam import registry
+from tests.problems import made
 
 BATCH = 8
 STEPS = 12
@@ -78,7 +78,7 @@ def main() -> None:
             data, batch_size=BATCH * options.world, sampler=composer_dist.get_sampler(data, shuffle=False)
         ),
         optimizers=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
-        algorithms=[registry[options.method](sync_first_pass=True, interval=2)],
+        algorithms=[made(options.method, sync_first_pass=True, interval=2)],
         device=options.device,
         max_duration='1ep',
         precision='fp32',

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from composer_sam import SGDHess, SharpnessAwareOptimizer, registry
-from tests.problems import BASES, Closure, batches, convolutional, needs_graph, network, part, same, snapshot
+from tests.problems import (
+    BASES,
+    EVERY_PASS,
+    Closure,
+    batches,
+    convolutional,
+    made,
+    needs_graph,
+    network,
+    part,
+    same,
+    snapshot,
+    with_all_passes,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')]
 METHODS = sorted(registry)
-EVERY_PASS = [(name, index) for name, method in registry.items() for index in range(1, method().passes + 1)]
 
 
 def on_gpu(count: int, dtype: torch.dtype = torch.float32) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -26,7 +39,7 @@ def test_the_trajectory_is_the_cpus(name: str) -> None:
     for device in ('cpu', 'cuda'):
         model = convolutional().to(device)
         # The random signs of SGDHess come from the device's own generator.
-        method = SGDHess(rho=1e-9) if name == 'SGDHess' else registry[name]()
+        method = SGDHess(rho=1e-9) if name == 'SGDHess' else made(name)
         optimizer = SharpnessAwareOptimizer(BASES['SGD'](model.parameters()), method, model)
         for x, y in batches(10, torch.float64):
             optimizer.step(Closure(model, (x.to(device), y.to(device)), graph=needs_graph(name)))
@@ -38,7 +51,8 @@ def test_the_trajectory_is_the_cpus(name: str) -> None:
 @pytest.mark.parametrize('name', METHODS)
 def test_weights_come_back_bit_for_bit_at_the_same_address(name: str, dtype: torch.dtype) -> None:
     model = network(dtype).cuda()
-    optimizer = SharpnessAwareOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), registry[name](), model)
+    base = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+    optimizer = SharpnessAwareOptimizer(base, with_all_passes(name), model)
     before = copy.deepcopy(list(model.parameters()))
     addresses: set[int] = set()
     first = part(model, '0', nn.Linear)
@@ -49,10 +63,10 @@ def test_weights_come_back_bit_for_bit_at_the_same_address(name: str, dtype: tor
     assert len(addresses) == 1  # a captured CUDA graph goes on reading the right memory
 
 
-@pytest.mark.parametrize(('name', 'index'), EVERY_PASS)
-def test_a_fault_in_any_pass_leaves_everything_as_it_was(name: str, index: int) -> None:
+@pytest.mark.parametrize(('name', 'values', 'index'), EVERY_PASS)
+def test_a_fault_in_any_pass_leaves_everything_as_it_was(name: str, values: dict[str, Any], index: int) -> None:
     model = network().cuda()
-    optimizer = SharpnessAwareOptimizer(BASES['AdamW'](model.parameters()), registry[name](), model)
+    optimizer = SharpnessAwareOptimizer(BASES['AdamW'](model.parameters()), made(name, **values), model)
     first, second = on_gpu(2)
     optimizer.step(Closure(model, first, graph=needs_graph(name)))
     before, stream = snapshot(model, optimizer), torch.cuda.get_rng_state()
@@ -69,9 +83,9 @@ def test_every_pass_sees_the_same_dropout_mask_and_the_stream_goes_on_as_after_o
         model = network(dropout=0.5).cuda()
         masks: list[torch.Tensor] = []
         model[3].register_forward_hook(lambda _, args, out, masks=masks: masks.append(out == 0))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
         if sharp:
-            optimizer = SharpnessAwareOptimizer(optimizer, registry[name](), model)
+            optimizer = SharpnessAwareOptimizer(optimizer, with_all_passes(name), model)
         torch.manual_seed(1)
         optimizer.step(Closure(model, on_gpu(1)[0], graph=needs_graph(name)))
         assert all(torch.equal(masks[0], mask) for mask in masks)
@@ -85,7 +99,7 @@ def test_fp16_with_a_grad_scaler_follows_fp32_and_skips_an_overflow(name: str) -
     for half in (False, True):
         model = convolutional(torch.float32).cuda()
         scaler = torch.amp.GradScaler('cuda', init_scale=2.0**10, growth_interval=10_000, enabled=half)
-        optimizer = SharpnessAwareOptimizer(BASES['SGD'](model.parameters()), registry[name](), model, scaler)
+        optimizer = SharpnessAwareOptimizer(BASES['SGD'](model.parameters()), with_all_passes(name), model, scaler)
 
         def closure(
             batch: tuple[torch.Tensor, torch.Tensor], factor: float = 1.0, model: nn.Module = model,
@@ -115,7 +129,7 @@ def test_fp16_with_a_grad_scaler_follows_fp32_and_skips_an_overflow(name: str) -
 
 def test_memory_of_a_differentiable_backward_is_flat() -> None:
     model = convolutional(torch.float32).cuda()
-    optimizer = SharpnessAwareOptimizer(BASES['SGD'](model.parameters()), registry['SGDHess'](), model)
+    optimizer = SharpnessAwareOptimizer(BASES['SGD'](model.parameters()), SGDHess(), model)
     batch = on_gpu(1)[0]
     held = []
     for _ in range(200):

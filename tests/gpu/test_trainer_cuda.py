@@ -19,10 +19,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from composer_sam import registry
-from tests.problems import batches, gradient, network, same
+from composer_sam.methods.base import SharpnessAware
+from tests.problems import batches, gradient, made, needs_graph, network, same, with_all_passes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')]
-ONCE_DIFFERENTIATED = [name for name in sorted(registry) if not registry[name]().backwards_create_graph]
+ONCE_DIFFERENTIATED = [name for name in sorted(registry) if not needs_graph(name)]
 STEPS = 10
 
 
@@ -49,7 +50,7 @@ class _Watch(Callback):
             self.scales.append(state.scaler.get_scale())
 
 
-def _trainer(name: str, *callbacks: Callback, **settings: Any) -> Trainer:
+def _trainer(method: SharpnessAware, *callbacks: Callback, **settings: Any) -> Trainer:
     torch.manual_seed(7)
     model = ComposerClassifier(network(), num_classes=4)
     x, y = (torch.cat(parts) for parts in zip(*batches(STEPS), strict=True))
@@ -58,7 +59,7 @@ def _trainer(name: str, *callbacks: Callback, **settings: Any) -> Trainer:
         train_dataloader=DataLoader(TensorDataset(x, y), batch_size=12),
         optimizers=torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
         schedulers=CosineAnnealingScheduler(),
-        algorithms=[registry[name](interval=2)],
+        algorithms=[method],
         callbacks=list(callbacks),
         device='gpu',
         seed=3,
@@ -76,7 +77,7 @@ def _weights(trainer: Trainer) -> torch.Tensor:
 def test_half_precision_trains_near_fp32(name: str, precision: str) -> None:
     ends = []
     for chosen in ('fp32', precision):
-        trainer = _trainer(name, precision=chosen)
+        trainer = _trainer(with_all_passes(name, interval=2), precision=chosen)
         trainer.fit()
         ends.append(_weights(trainer))
     assert ends[1].isfinite().all()
@@ -85,9 +86,9 @@ def test_half_precision_trains_near_fp32(name: str, precision: str) -> None:
 
 @pytest.mark.parametrize('name', ONCE_DIFFERENTIATED)
 def test_an_overflow_in_any_pass_backs_off_once(name: str) -> None:
-    for at in range(1, registry[name]().passes + 1):
+    for at in range(1, with_all_passes(name).passes + 1):
         watch = _Watch(at)
-        trainer = _trainer(name, watch, precision='amp_fp16')
+        trainer = _trainer(with_all_passes(name, interval=2), watch, precision='amp_fp16')
         trainer.fit()
         before, after = watch.scales[4], watch.scales[5]
         assert after == before / 2, f'pass {at}'
@@ -100,9 +101,9 @@ def test_resumed_equals_uninterrupted(name: str, precision: str, tmp_path: Path)
     if precision == 'amp_fp16' and name not in ONCE_DIFFERENTIATED:
         pytest.skip('refused')
     settings = {'precision': precision, 'deterministic_mode': True}
-    whole = _trainer(name, save_folder=str(tmp_path), save_interval='1ba', **settings)
+    whole = _trainer(made(name, interval=2), save_folder=str(tmp_path), save_interval='1ba', **settings)
     whole.fit()
-    resumed = _trainer(name, load_path=str(tmp_path / 'ep0-ba7-rank0.pt'), **settings)
+    resumed = _trainer(made(name, interval=2), load_path=str(tmp_path / 'ep0-ba7-rank0.pt'), **settings)
     resumed.fit()
     assert same(_weights(whole), _weights(resumed))
 
@@ -121,7 +122,7 @@ def _launched(count: int, *arguments: str, folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize('wrapper', ['ddp', 'fsdp1', 'fsdp2'])
-@pytest.mark.parametrize('name', ['SAM', 'GAM'])
+@pytest.mark.parametrize('name', ['SAM', 'FunctionalSAM', 'GAM'])
 def test_all_gpus_train_as_one_process_on_the_union(name: str, wrapper: str, tmp_path: Path) -> None:
     """NCCL where there are two; with one GPU Composer's FSDP1 runs on one rank."""
     count = torch.cuda.device_count()

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 import benchmarks.report
 from benchmarks.pareto import draw, front
-from benchmarks.quality_runs import Candidate
+from benchmarks.quality_runs import Candidate, Remedy, Task, equal_compute, train
 from benchmarks.readme import FIGURES, FILES, filled
 from benchmarks.report import RESULTS, Report, Table
 
@@ -82,12 +82,36 @@ def test_the_front_is_what_nothing_cheaper_beats() -> None:
     assert front(points) == [(1.0, 75.0), (1.5, 96.0), (2.0, 97.0)]
 
 
-def test_gradients_per_step_follow_passes_and_interval() -> None:
-    assert Candidate(longer=4).evaluations == 1
-    assert Candidate('SAM', (('rho', 0.5), ('interval', 10))).evaluations == pytest.approx(1.1)
-    assert Candidate('GAM', (('grad_rho', 0.02),)).evaluations == 4
+def test_a_candidate_is_named_by_everything_that_it_changes() -> None:
     assert Candidate('SAM', (('rho', 0.5), ('interval', 10))).name == 'SAM, rho 0.5, interval 10'
+    assert Candidate('SAM', (('rho', 0.5), ('start', '30ep'))).name == 'SAM, rho 0.5, start 30ep'
     assert Candidate(longer=2).name == 'SGD, 2 times the epochs'
+    assert Candidate(longer=1.25).name == 'SGD, 1.25 times the epochs'
+    assert Candidate(remedy=Remedy('weight decay 0.01', ())).name == 'SGD, weight decay 0.01'
+
+
+def test_passes_are_counted_in_the_run(tmp_path: Path) -> None:
+    expected = {
+        Candidate(): 1,
+        Candidate('SAM', (('rho', 0.1),)): 2,
+        Candidate('SAM', (('rho', 0.1), ('interval', 3))): 1 + 14 / 42,
+        Candidate('SAM', (('rho', 0.1), ('ascent_fraction', 0.25))): 1.25,
+        Candidate('SAM', (('rho', 0.1), ('start', '1ep'))): 1.5,
+        Candidate('MSAM', (('rho', 0.1),)): 1,
+        Candidate('GAM', (('grad_rho', 0.02),)): 4,
+    }
+    task = Task('digits', 'yamls/digits/sgd.yaml', ('data.eval_batch_size=450',), 2, {})
+    outcomes = train(task, list(expected), 1, tmp_path, False, 2)
+    assert {candidate: outcome.passes for candidate, outcome in outcomes.items()} == {
+        candidate: [pytest.approx(passes)] for candidate, passes in expected.items()
+    }
+    assert {outcome.steps for outcome in outcomes.values()} == {42}
+
+
+def test_compute_is_equal_to_that_of_the_first_sgd_as_dear() -> None:
+    assert [equal_compute(cost, (1, 1.25, 2)) for cost in (1.0, 1.09, 1.2, 1.3, 1.5, 2.1, 3.0)] == [
+        *(1, 1, 1.25, 1.25, 2, 2, 2),
+    ]
 
 
 def test_methods_that_are_equal_are_all_seen() -> None:
