@@ -239,12 +239,9 @@ def thrift() -> str:
     for row in rows:
         shares = [row[task] if row[task] == NONE else f'{row[task]:.0f} %' for task in tasks]
         found.append(
-            (
-                *(row['variant'], f'{row["passes"]:.2f}', f'{row["cost from"]:.2f}x - {row["to"]:.2f}x'),
-                *(f'{row["smallest share"]:.0f} %', row['goal'], *shares),
-            )
+            (*(row['variant'], f'{row["passes"]:.2f}', f'{row["smallest share"]:.0f} %', row['goal'], *shares),)
         )
-    columns = ('SAM, or a method', 'passes', 'cost', 'smallest share', 'goal', *tasks)
+    columns = ('SAM, or a method', 'passes', 'smallest share', 'goal', *tasks)
     return f'{verdict(rows)}\n\n{table(columns, found)}'
 
 

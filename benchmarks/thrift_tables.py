@@ -32,7 +32,7 @@ GOAL_PASSES, GOAL_SHARE = 1.25, 90.0  # passes per step, and percent of SAM's ga
 REMEDIES_BESIDE = 'SAM beside cheap remedies'
 SHARES = "Share of SAM's gain that is kept"
 NONE = '-'
-SHARES_COLUMNS = ('variant', 'family', 'passes', 'cost from', 'to', 'goal', 'smallest share')
+SHARES_COLUMNS = ('variant', 'family', 'passes', 'goal', 'smallest share')
 
 Row = dict[str, Any]
 Found = Mapping[str, Any]  # the results of a task
@@ -58,7 +58,6 @@ def settings_table(tasks: Sequence[Found]) -> Table:
             'against SAM',
             '± 95% there',
             'passes',
-            'cost',
             'SGD at equal compute',
             'gain at equal compute',
             '± 95% of it',
@@ -69,8 +68,8 @@ def settings_table(tasks: Sequence[Found]) -> Table:
         'counts as 0 %. Gains are in points over SGD, and against SAM over SAM, by seed: their mean ± half the 95% '
         "confidence interval (Student). The share is given where SAM's gain is larger than that. Passes per step, "
         'counted in samples: SGD has 1. A part of the run is rounded to whole epochs: the last 10% of 16 epochs are '
-        'two of them. Cost: time of the whole training by that of SGD of the same seed, median. SGD at equal compute: '
-        'for so many times the epochs that it costs as much as the variant or more (a tenth less is let pass).'
+        'two of them. SGD at equal compute: for so many times the epochs that it takes as many passes as the variant '
+        'or more (a tenth less is let pass).'
     )
     table = Table('Gain and cost of every setting', columns, note=note)
     for found in tasks:
@@ -78,13 +77,13 @@ def settings_table(tasks: Sequence[Found]) -> Table:
         base, sam = Outcome.of(plain[1]), _outcome(found, 'SAM')
         for row in found['tested']:
             own = Outcome.of(row)
-            cost = own.cost(base)
-            longer = equal_compute(cost, LONGER)
+            passes = row['longer'] * statistics.mean(own.passes)
+            longer = equal_compute(passes, LONGER)
             gain, half = own.gain(base)
             table.add(
                 *(found['task'], row['variant'], row['candidate'], len(own.accuracy)),
                 *(statistics.mean(own.accuracy), statistics.stdev(own.accuracy), gain, half),
-                *(share_kept(gain, sam.gain(base)), *own.gain(sam), statistics.mean(own.passes), cost),
+                *(share_kept(gain, sam.gain(base)), *own.gain(sam), passes),
                 *(plain[longer]['candidate'], *own.gain(Outcome.of(plain[longer]))),
             )
     return table
@@ -98,21 +97,18 @@ def shares_table(tasks: Sequence[Found]) -> Table:
     for name, family in _names(tasks).items():
         every = [found for found in tasks if name in _variants(found)]
         shares = {f['task']: _share(f, name) for f in gaining if f in every}
-        outcomes = [(_outcome(found, name), _outcome(found, 'SGD')) for found in every]
-        costs = [own.cost(base) for own, base in outcomes]
-        passes = max(statistics.mean(own.passes) for own, _ in outcomes)
+        passes = max(statistics.mean(_outcome(found, name).passes) for found in every)
         smallest = min(shares.values(), default=math.nan)
         reached = goal(passes, smallest) and len(shares) == len(gaining)
         of_tasks = [shares.get(found['task'], NONE) for found in gaining]
-        rows.append((name, family, passes, min(costs), max(costs), 'yes' if reached else 'no', smallest, *of_tasks))
-    rows.sort(key=lambda row: -row[6])
+        rows.append((name, family, passes, 'yes' if reached else 'no', smallest, *of_tasks))
+    rows.sort(key=lambda row: -row[4])
     said = verdict([dict(zip(columns, row, strict=True)) for row in rows])
     note = (
         f"{said} Shares are in percent of SAM's gain over SGD "
         'at equal epochs, on the tasks where that gain is larger than half its 95% interval. The goal: at most '
-        f'{GOAL_PASSES} passes per step and at least {GOAL_SHARE:.0f} % on every such task. Passes: the most of any '
-        'task. Cost: time of the whole training by that of SGD, the least and the most of any task; the steps of the '
-        'multi-layer perceptron are mostly overhead.'
+        f'{GOAL_PASSES} passes per step and at least {GOAL_SHARE:.0f} % on every such task. Passes: counted in '
+        'samples, the most of any task. What they cost in time is in cheap_steps.md.'
     )
     table = Table(SHARES, columns, note=note)
     for row in rows:

@@ -67,7 +67,7 @@ class ModelState:
             (module._buffers, {name: (buffer, _copied(buffer)) for name, buffer in module._buffers.items()})
             for module in model.modules()
         ]
-        self._attributes = AttributeControl(model)
+        self._attributes = AttributeControl(model.modules())
         self._ddp = replicas(model)
         for parameter, *_ in self._parameters:
             parameter.grad = None

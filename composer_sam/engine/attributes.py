@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import operator
 from collections.abc import Iterable, Iterator, MutableMapping
 from types import FunctionType, MethodType
 from typing import Any, TypeAlias, cast
@@ -24,7 +25,9 @@ _Saved: TypeAlias = tuple[Any, Any]
 _OWN = frozenset(vars(nn.Module()))  # torch's own attributes of every module
 _DEEPEST = 6  # containers within containers are followed so far
 # What most attributes are: nothing to look into, and no time to lose with.
-_LEAVES = frozenset((bool, int, float, str, type(None), Tensor, nn.Parameter, FunctionType, MethodType))
+_LEAVES = frozenset(
+    (bool, int, float, str, type(None), type, torch.device, torch.dtype, nn.Parameter, FunctionType, MethodType)
+)
 _told: set[tuple[str, str]] = set()
 
 
@@ -35,20 +38,15 @@ class AttributeControl:
     dictionaries and dataclasses in them; attributes that the first pass creates are taken away before the next. What is
     changed inside another object cannot be seen. A tensor that the first pass changes in place cannot be put back: that
     is said once, with the attribute's name.
+
+    Args:
+        modules: all modules of the model.
     """
 
-    def __init__(self, model: nn.Module):
-        self._modules = [(type(m).__name__, _attributes(m)) for m in model.modules() if not _is_torchs(m)]
-        self._before = [self._read(attributes) for _, attributes in self._modules]
-        self._versions = [
-            (kind, name, tensor, tensor._version)
-            for (kind, _), saved in zip(self._modules, self._before, strict=True)
-            for name, value in saved.items()
-            if value[1] is not None or isinstance(value[0], Tensor)
-            for tensor in _tensors(value)
-        ]
-        # For every module that the first pass changed: its attributes, all of them before, and all of them after.
-        self._changed: list[tuple[_Attributes, dict[str, _Saved], dict[str, _Saved]]] = []
+    def __init__(self, modules: Iterable[nn.Module]):
+        self._noted = [_Noted(type(m).__name__, _attributes(m)) for m in modules if not _is_torchs(m)]
+        # For every module that the first pass changed: what it had before, and what after.
+        self._changed: list[tuple[_Noted, _Noted]] = []
         self._done = False
 
     def leave_out(self) -> None:
@@ -56,42 +54,80 @@ class AttributeControl:
 
     def first_pass_done(self) -> None:
         self._done = True
-        for (_, attributes), before in zip(self._modules, self._before, strict=True):
-            names = [name for name in attributes if name not in _OWN]
-            if len(names) != len(before) or any(
-                name not in before or not _unchanged(before[name], attributes[name]) for name in names
-            ):
-                self._changed.append((attributes, before, self._read(attributes)))
-        for kind, name, tensor, version in self._versions:
-            if tensor._version != version and (kind, name) not in _told:
-                _told.add((kind, name))
-                log.warning(
-                    'The forward of %s changes the tensor in its attribute %r in place, so further passes of a step '
-                    'see the changed one. Register it as a buffer, or assign a new tensor. Reported once.',
-                    kind,
-                    name,
-                )
+        for noted in self._noted:
+            if not noted.holds():
+                self._changed.append((noted, _Noted(noted.kind, noted.attributes)))
+            for name, tensor, version in noted.versions:
+                if tensor._version != version and (noted.kind, name) not in _told:
+                    _told.add((noted.kind, name))
+                    log.warning(
+                        'The forward of %s changes the tensor in its attribute %r in place, so further passes of a '
+                        'step see the changed one. Register it as a buffer, or assign a new tensor. Reported once.',
+                        noted.kind,
+                        name,
+                    )
 
     def rewind(self) -> None:
         if not self._done:
             self.rollback()
-        for attributes, before, _ in self._changed:
-            _write(attributes, before)
+        for before, _ in self._changed:
+            before.put_back()
 
     def settle(self) -> None:
-        for attributes, _, after in self._changed:
-            _write(attributes, after)
+        for _, after in self._changed:
+            after.put_back()
 
     def discard(self) -> None:
         self.rewind()
 
     def rollback(self) -> None:
-        for (_, attributes), before in zip(self._modules, self._before, strict=True):
-            _write(attributes, before)
+        for noted in self._noted:
+            noted.put_back()
 
-    @staticmethod
-    def _read(attributes: _Attributes) -> dict[str, _Saved]:
-        return {name: _saved(value) for name, value in attributes.items() if name not in _OWN}
+
+class _Noted:
+    """The attributes of a module at one moment, and what the containers among them hold.
+
+    Args:
+        kind: the name of the module's class.
+        attributes: the module's attributes.
+
+    Attributes:
+        versions: the tensors among them, with the names of the attributes that they are in, and their versions.
+    """
+
+    def __init__(self, kind: str, attributes: _Attributes):
+        self.kind = kind
+        self.attributes = attributes
+        self.versions: list[tuple[str, Tensor, int]] = []
+        self._values = dict(attributes)
+        self._contents: dict[str, _Saved] = {}
+        for name, value in self._values.items():
+            if type(value) in _LEAVES or name in _OWN:
+                continue
+            tensors: list[Tensor] = []
+            saved = _saved(value, tensors)
+            if saved[1] is not None:
+                self._contents[name] = saved
+            self.versions += [(name, tensor, tensor._version) for tensor in tensors]
+
+    def holds(self) -> bool:
+        """Return whether the attributes are the same now, with the same contents."""
+        now, then = self.attributes, self._values
+        return (
+            len(now) == len(then)
+            and all(map(operator.is_, now.values(), then.values()))
+            and list(now) == list(then)
+            and all(_unchanged(saved, then[name]) for name, saved in self._contents.items())
+        )
+
+    def put_back(self) -> None:
+        """Give the module these attributes and no others, with these contents."""
+        for name in [name for name in self.attributes if name not in _OWN and name not in self._values]:
+            del self.attributes[name]
+        for name, value in self._values.items():
+            if name not in _OWN:
+                self.attributes[name] = _put(self._contents[name]) if name in self._contents else value
 
 
 def _is_torchs(module: nn.Module) -> bool:
@@ -128,20 +164,20 @@ class _ScriptAttributes(MutableMapping[str, Any]):
         return len(self._names)
 
 
-def _write(attributes: _Attributes, saved: dict[str, _Saved]) -> None:
-    for name in [name for name in attributes if name not in _OWN and name not in saved]:
-        del attributes[name]
-    for name, value in saved.items():
-        attributes[name] = _put(value)
-
-
-def _saved(value: Any, depth: int = 0) -> _Saved:
-    if type(value) in _LEAVES or depth == _DEEPEST:
+def _saved(value: Any, tensors: list[Tensor], depth: int = 0) -> _Saved:
+    """Save a value; the tensors that are in it, and could be changed in place, are added to ``tensors``."""
+    if type(value) in _LEAVES:
+        return value, None
+    if isinstance(value, Tensor):
+        if not isinstance(value, nn.Parameter) and not value.is_inference():
+            tensors.append(value)
+        return value, None
+    if depth == _DEEPEST:
         return value, None
     if _is_sequence(value):
-        return value, [_saved(item, depth + 1) for item in value]
+        return value, [_saved(item, tensors, depth + 1) for item in value]
     held = _held(value)
-    return value, None if held is None else {key: _saved(item, depth + 1) for key, item in held.items()}
+    return value, None if held is None else {key: _saved(item, tensors, depth + 1) for key, item in held.items()}
 
 
 def _is_sequence(value: object) -> bool:
@@ -181,12 +217,3 @@ def _put(saved: _Saved) -> Any:
         held.clear()
         held.update(pairs)
     return cast(Any, value)
-
-
-def _tensors(saved: _Saved) -> Iterator[Tensor]:
-    value, contents = saved
-    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_inference():
-        yield value
-    inner = cast(dict[Any, _Saved], contents).values() if isinstance(contents, dict) else contents or ()
-    for item in cast(Iterable[_Saved], inner):
-        yield from _tensors(item)

@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -75,6 +76,8 @@ def makes_state(groups: list[dict[str, Any]], state: Any) -> bool:
 
 def _takes_argument(function: Callable[..., Any]) -> bool:
     """Return whether the function must be given one argument."""
+    if type(function) is FunctionType and not vars(function):  # most are; a signature takes as long as a small step
+        return function.__code__.co_argcount > len(function.__defaults__ or ())
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # some callables of C have no signature

@@ -13,12 +13,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from composer_sam.engine.streams import RandomStreams
+from composer_sam.engine.streams import streams_of
 from composer_sam.engine.wrappers import broadcast_buffers, replicas
 from composer_sam.vectors import multi_tensor
 
@@ -65,8 +65,8 @@ class RandomControl:
     once. Generators that a module makes for itself are not put back.
     """
 
-    def __init__(self, devices: set[torch.device]):
-        self._streams = RandomStreams(devices)
+    def __init__(self, devices: frozenset[torch.device]):
+        self._streams = streams_of(devices)
         self._before = self._after = self._streams.read()
         self._drawn: list[int] | None = None  # not known before the first pass is done
         self._repeated = False
@@ -113,19 +113,22 @@ class RandomControl:
                 )
 
 
+_Buffers: TypeAlias = dict[str, Tensor | None]
+
+
 @dataclass(frozen=True)
 class _Contents:
     """What all buffers are and contain at one moment.
 
     Attributes:
-        registered: for every module the tensors registered in it, by name.
+        registered: the modules' buffers, where there are any, and the tensors registered there, by name.
         flat: for every device and data type its tensors, their shapes, and one copy of all contents.
         single: tensors that cannot be flattened, each with its module's buffers, its name and a copy.
     """
 
-    registered: list[dict[str, Tensor | None]]
+    registered: list[tuple[_Buffers, _Buffers]]
     flat: list[tuple[list[Tensor], list[torch.Size], Tensor]]
-    single: list[tuple[dict[str, Tensor | None], str, Tensor]]
+    single: list[tuple[_Buffers, str, Tensor]]
 
 
 class BufferControl:
@@ -134,10 +137,14 @@ class BufferControl:
     It puts back both which tensor is registered and what the tensor contains, because modules change buffers in both
     ways, and register new ones. DistributedDataParallel broadcasts rank 0's buffers at the first forward after a
     synchronised backward. This class does it before the first pass, so that all passes begin with the same buffers.
+
+    Args:
+        model: the model, in its wrapper.
+        modules: all its modules.
     """
 
-    def __init__(self, model: nn.Module):
-        self._modules = [module._buffers for module in model.modules()]  # pyright: ignore[reportPrivateUsage]
+    def __init__(self, model: nn.Module, modules: Iterable[nn.Module]):
+        self._modules = [module._buffers for module in modules]  # pyright: ignore[reportPrivateUsage]
         self._found = self._before = self._read()
         self._after: _Contents | None = None
         self._ddp = replicas(model)
@@ -171,43 +178,55 @@ class BufferControl:
         if self._ddp is not None:
             self._ddp.require_forward_param_sync = self._broadcast or self._ddp.require_forward_param_sync
 
-    @torch.no_grad()
     def _read(self) -> _Contents:
-        registered = [dict(buffers.items()) for buffers in self._modules]
-        single: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+        registered = [(buffers, dict(buffers.items())) for buffers in self._modules if len(buffers)]
+        if not registered:
+            return _NOTHING
+        single: list[tuple[_Buffers, str, Tensor]] = []
         kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for buffers in self._modules:
-            for name, buffer in buffers.items():
-                if buffer is not None and flattens(buffer):
-                    kinds.setdefault((buffer.device, buffer.dtype), []).append(buffer)
-                elif buffer is not None:
-                    single.append((buffers, name, buffer.clone()))
-        # One copy per kind, because many small copies are slow.
-        flat = [
-            (members, [m.shape for m in members], torch.cat([m.reshape(-1) for m in members]))
-            for members in kinds.values()
-        ]
+        with torch.no_grad():
+            for buffers, tensors in registered:
+                for name, buffer in tensors.items():
+                    if buffer is not None and flattens(buffer):
+                        kinds.setdefault((buffer.device, buffer.dtype), []).append(buffer)
+                    elif buffer is not None:
+                        single.append((buffers, name, buffer.clone()))
+            # One copy per kind, because many small copies are slow.
+            flat = [
+                (members, [member.shape for member in members], multi_tensor.flatten(members))
+                for members in kinds.values()
+            ]
         return _Contents(registered, flat, single)
 
-    @torch.no_grad()
     def _write(self, contents: _Contents) -> None:
-        for buffers, registered in zip(self._modules, contents.registered, strict=True):
-            if not len(buffers) and not registered:
-                continue
-            # Item by item, because TorchScript's buffers are no dictionary.
-            for name in dict(buffers.items()).keys() - registered.keys():
-                del buffers[name]
-            for name, buffer in registered.items():
-                buffers[name] = buffer
-        for members, shapes, together in contents.flat:
-            for member, shape in zip(members, shapes, strict=True):
-                if member.shape != shape:  # observers of quantisation resize their buffers in place
-                    member.resize_(shape)
-            parts = multi_tensor.split(together, [shape.numel() for shape in shapes])
-            multi_tensor.copy_(members, [part.view(shape) for part, shape in zip(parts, shapes, strict=True)])
-        for buffers, name, copy in contents.single:
-            # A copy of the copy, which the next pass may change in place.
-            buffers[name] = copy.clone()
+        known = {id(buffers) for buffers, _ in contents.registered}
+        for buffers in self._modules:
+            if len(buffers) and id(buffers) not in known:
+                _register(buffers, {})
+        for buffers, tensors in contents.registered:
+            _register(buffers, tensors)
+        if not contents.registered:
+            return
+        with torch.no_grad():
+            for members, shapes, together in contents.flat:
+                for member, shape in zip(members, shapes, strict=True):
+                    if member.shape != shape:  # observers of quantisation resize their buffers in place
+                        member.resize_(shape)
+                multi_tensor.copy_(members, multi_tensor.unflatten(together, members))
+            for buffers, name, copy in contents.single:
+                # A copy of the copy, which the next pass may change in place.
+                buffers[name] = copy.clone()
+
+
+_NOTHING = _Contents([], [], [])
+
+
+def _register(buffers: _Buffers, tensors: _Buffers) -> None:
+    """Register the tensors, and no others; item by item, because TorchScript's buffers are no dictionary."""
+    for name in dict(buffers.items()).keys() - tensors.keys():
+        del buffers[name]
+    for name, tensor in tensors.items():
+        buffers[name] = tensor
 
 
 def flattens(buffer: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _signal  # pyright: ignore[reportMissingImports]
 import signal
 import threading
 from collections.abc import Callable
@@ -12,6 +13,7 @@ __all__ = ['InterruptsHeld']
 
 # What may raise in the middle of a step: Ctrl-C, and what clusters and timeouts send. Windows lacks some of them.
 _NAMES = ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGALRM', 'SIGUSR1', 'SIGUSR2')
+_fast: Any = _signal  # signal without its enumerations, which take longer than all else here
 _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
@@ -34,10 +36,10 @@ class InterruptsHeld:
         self._holding = True
         try:
             for number in _SIGNALS:
-                handler = signal.getsignal(number)
+                handler = _fast.getsignal(number)
                 if callable(handler) and not _holds(handler):
                     self._handlers[number] = handler
-                    signal.signal(number, self._hold)
+                    _fast.signal(number, self._hold)
         except BaseException:
             self._release()
             raise
@@ -52,7 +54,7 @@ class InterruptsHeld:
     def _release(self) -> None:
         self._holding = False  # from here on a handler that is still ours passes signals on
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            _fast.signal(number, handler)
 
     def _hold(self, number: int, frame: FrameType | None) -> None:
         if self._holding and self._arrived is None:

@@ -58,7 +58,7 @@ class NonFinite:
 
 def is_known(loss: Any) -> bool:
     """Return whether the loss is one number in CPU memory."""
-    return isinstance(loss, float) or (isinstance(loss, Tensor) and loss.device.type == 'cpu' and loss.numel() == 1)
+    return isinstance(loss, float) or (isinstance(loss, Tensor) and loss.is_cpu and loss.numel() == 1)
 
 
 @torch.no_grad()

@@ -61,82 +61,91 @@ def _in_memory(tensor: Tensor) -> bool:
 
 
 class Placement:
-    """The weights of one step: at w, or at w + offset during a pass.
+    """The weights of a layout: at w, or at w + offset during a pass.
 
     Args:
         layout: the trainable parameters, in the vectors' order.
-        exchange: point parameters at other memory where that is safe; False always copies.
+        exchange: point parameters at other memory where that is safe for all of them; False always copies.
     """
 
     def __init__(self, layout: Layout, exchange: bool = True):
         self._parameters = layout.parameters
         self._plain = layout.plain
-        self._exchange = exchange and _own_storage(layout.parameters)
+        self._exchange = exchange and all(type(p) in _PLAIN and p.layout == torch.strided for p in layout.parameters)
+        self._addresses: list[int] | None = None
+        self._alone = False
+        self._strides: list[tuple[int, ...]] = []
         self._exchanged: list[tuple[Tensor, Tensor]] = []
         self._saved: list[tuple[Tensor, Tensor]] = []
 
-    @torch.no_grad()
     def place(self, offset: Vector) -> None:
         """Put the weights at w + offset. If the offset is donated, its memory is overwritten."""
-        exchanged: list[tuple[Tensor, Tensor]] = []
-        copied: list[tuple[Tensor, Tensor]] = []
         # Where a whole step is under autocast, torch keeps the casts of the weights from one pass to the next.
         torch.clear_autocast_cache()
         values, factor, free = offset.take()
-        for value, where in zip(values, offset.where, strict=True):
-            parameter = self._parameters[where]
-            if self._exchange and exchangeable(parameter) and value.stride() == parameter.stride():
-                exchanged.append((parameter, value))
-            else:
-                copied.append((parameter, value))
-        if exchanged:
-            parameters, offsets = [p for p, _ in exchanged], [value for _, value in exchanged]
-            originals = [parameter.data for parameter in parameters]
-            places = offsets if free else [torch.empty_like(value) for value in offsets]
-            _sum(originals, offsets, factor, out=places)
-            # Noted before the first parameter moves, so that restore() is correct after an interrupt at any point.
-            self._exchanged = list(zip(parameters, originals, strict=True))
-            for parameter, place in zip(parameters, places, strict=True):
-                parameter.data = place
-        if copied:
-            targets, offsets = self._written([p for p, _ in copied]), [value for _, value in copied]
-            copies = [torch.empty_like(target) for target in targets]
-            multi_tensor.copy_(copies, targets)
-            self._saved = [(parameter, copy) for (parameter, _), copy in zip(copied, copies, strict=True)]
-            _sum(targets, offsets, factor, out=targets)
+        parameters = [self._parameters[where] for where in offset.where]
+        if not self._exchanges():
+            self._copy(parameters, values, factor)
+            return
+        # A gradient may lie in memory in another order than its parameter.
+        alike = [v.stride() == self._strides[where] for v, where in zip(values, offset.where, strict=True)]
+        if all(alike):
+            self._point(parameters, values, factor, free)
+            return
+        triples = list(zip(parameters, values, alike, strict=True))
+        self._point([p for p, _, same in triples if same], [v for _, v, same in triples if same], factor, free)
+        self._copy([p for p, _, same in triples if not same], [v for _, v, same in triples if not same], factor)
+
+    def _exchanges(self) -> bool:
+        """Return whether all parameters may be pointed at other memory; looked up again where one has moved."""
+        if not self._exchange:
+            return False
+        addresses = [parameter.data_ptr() for parameter in self._parameters]
+        if addresses != self._addresses:
+            self._addresses = addresses
+            taken = [address for address in addresses if address]
+            # Of parameters that share a storage, an exchange would untie the one from the other for the pass.
+            self._alone = len(set(taken)) == len(taken) and all(map(exchangeable, self._parameters))
+            self._strides = [parameter.stride() for parameter in self._parameters]
+        return self._alone
+
+    def _point(self, parameters: list[Tensor], offsets: list[Tensor], factor: float, free: bool) -> None:
+        originals = [parameter.data for parameter in parameters]
+        if free:
+            places = offsets
+            for weight, offset in zip(originals, offsets, strict=True):
+                torch.add(weight, offset, alpha=factor, out=offset)
+        else:
+            places = multi_tensor.add(originals, offsets, factor)
+        # Noted before the first parameter moves, so that restore() is correct after an interrupt at any point.
+        self._exchanged = list(zip(parameters, originals, strict=True))
+        for parameter, place in zip(parameters, places, strict=True):
+            parameter.data = place
 
     @torch.no_grad()
+    def _copy(self, parameters: list[Tensor], offsets: list[Tensor], factor: float) -> None:
+        targets = self._written(parameters)
+        copies = [torch.empty_like(target) for target in targets]
+        multi_tensor.copy_(copies, targets)
+        self._saved = list(zip(parameters, copies, strict=True))
+        # The same kernel as where parameters are pointed at the sum, and so the same bits.
+        multi_tensor.add_(targets, offsets, factor)
+
     def restore(self) -> None:
         """Put the weights back to w; do nothing if they are there already, so it may be called twice."""
-        if self._exchanged or self._saved:
-            torch.clear_autocast_cache()
+        if not self._exchanged and not self._saved:
+            return
+        torch.clear_autocast_cache()
         for parameter, original in self._exchanged:
             parameter.data = original
         self._exchanged = []
         if self._saved:
-            # Looked up again: FSDP2 moves the parameters into memory of its own in its very first forward.
-            multi_tensor.copy_(self._written([p for p, _ in self._saved]), [copy for _, copy in self._saved])
+            with torch.no_grad():
+                # Looked up again: FSDP2 moves the parameters into memory of its own in its very first forward.
+                multi_tensor.copy_(self._written([p for p, _ in self._saved]), [copy for _, copy in self._saved])
             # The next pass saves again: between passes the method may use the memory.
             self._saved = []
 
     def _written(self, parameters: list[Tensor]) -> list[Tensor]:
         """Return the tensors to write to for parameters."""
         return parameters if self._plain else [real(parameter) for parameter in parameters]
-
-
-def _own_storage(parameters: tuple[Tensor, ...]) -> bool:
-    """Return False if two parameters share a storage: an exchange would untie them for the pass."""
-    addresses = [p.data_ptr() for p in parameters if type(p) in _PLAIN and p.device.type == 'cpu' and p.numel()]
-    return len(addresses) == len(set(addresses))
-
-
-def _sum(weights: list[Tensor], offsets: list[Tensor], factor: float, out: list[Tensor]) -> None:
-    """Write ``weights + factor * offsets`` to ``out``, which may be the memory of either.
-
-    Both ways of placing call this function and so the same kernels: their bits are the same.
-    """
-    if out is weights:
-        multi_tensor.add_(out, offsets, factor)
-    else:
-        for weight, offset, place in zip(weights, offsets, out, strict=True):
-            torch.add(weight, offset, alpha=factor, out=place)

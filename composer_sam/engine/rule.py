@@ -148,7 +148,8 @@ class Method(ABC):
 
         Args:
             moment: the time of the step.
-            groups: for each parameter group, its own values and its number of trainable parameters.
+            groups: for each parameter group, its own values and its number of trainable parameters; empty if no group
+                has any.
         """
 
     @abstractmethod

@@ -28,10 +28,13 @@ class Stalled:
         self._last: deque[float] = deque(maxlen=_LAST)
         self._perturbed = 0
 
+    @property
+    def looks(self) -> bool:
+        """Whether more losses are needed."""
+        return self._perturbed < _AFTER
+
     def see(self, loss: float) -> None:
         """Note the loss at w of a perturbed step."""
-        if self._perturbed >= _AFTER:
-            return
         self._perturbed += 1
         if len(self._first) < _FIRST:
             self._first.append(loss)

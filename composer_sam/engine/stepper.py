@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -16,9 +17,10 @@ from composer_sam.engine.closures import Closure
 from composer_sam.engine.controls import BufferControl, Control, RandomControl
 from composer_sam.engine.host import Host
 from composer_sam.engine.interrupts import InterruptsHeld
+from composer_sam.engine.modules import Modules
 from composer_sam.engine.moment import Moment
 from composer_sam.engine.nonfinite import NonFinite, is_known
-from composer_sam.engine.placement import alone_in_memory
+from composer_sam.engine.placement import Placement, alone_in_memory
 from composer_sam.engine.record import StepRecord
 from composer_sam.engine.rule import PLAIN, Method, Observer, Pass, PlainRule, Rule
 from composer_sam.engine.scaling import refuse_scaled_losses, unscale
@@ -30,6 +32,8 @@ from composer_sam.vectors import Layout
 from composer_sam.vectors.layout import is_first_rank
 
 __all__ = ['Stepper']
+
+_OF_GROUPS = frozenset(('params', 'initial_lr'))  # what torch adds to a group beside the base optimizer's own keys
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +62,8 @@ class Stepper:
         self.skipped = False
         self.observer: Observer | None = None
         self._transaction: Transaction | None = None
-        self._layout: tuple[tuple[object, ...], Layout] | None = None
-        self._exchange = True
+        self._ground: _Ground | None = None
+        self._modules: Modules | None = None
         self._began: int | None = None  # the step that this object began with; not 0 after a resume
         self._nonfinite = NonFinite(method.on_nonfinite)
         self._stalled = Stalled(method)
@@ -79,11 +83,23 @@ class Stepper:
         """Return the parameters that a step changes, in the optimizer's order."""
         return [p for group in self.base_optimizer.param_groups for p in group['params'] if p.requires_grad]
 
-    def controls(self, closure: Closure | None = None) -> Sequence[Control]:
-        """Save the state that the passes of the next step must not change, and return its controls."""
-        devices = {parameter.device for parameter in self._current_layout().parameters}
-        modules = () if self.model is None else (BufferControl(self.model), AttributeControl(self.model))
-        return (RandomControl(devices), *modules, *self.host.controls(closure))
+    def controls(self, closure: Closure | None = None, layout: Layout | None = None) -> Sequence[Control]:
+        """Save the state that the passes of the next step must not change, and return its controls.
+
+        Args:
+            closure: evaluates the passes; None if the caller's loop evaluates them.
+            layout: the current layout, if it is known.
+        """
+        random = RandomControl((layout or self._current_ground().layout).devices)
+        if self.model is None:
+            return (random, *self.host.controls(closure))
+        if self._modules is None or self._modules.model is not self.model:
+            self._modules = Modules(self.model)
+        modules = self._modules.all()
+        return (
+            *(random, BufferControl(self.model, modules), AttributeControl(modules)),
+            *self.host.controls(closure),
+        )
 
     def run(self, closure: Closure | None = None, controls: Sequence[Control] = ()) -> Generator[Pass, None, None]:
         """Yield the passes of one step; take the step after the last one, or undo it if the generator is closed before.
@@ -108,16 +124,17 @@ class Stepper:
         if perturbs:
             self._check_model_given()
         rule = self.resolved(moment) if through_method else PlainRule()
-        layout, base = self._current_layout(), self.base_optimizer
-        step = Step(layout, base, self.model, moment.batch, rule.parameters, rule.multipliers)
+        ground = self._current_ground()
+        layout = ground.layout
+        step = Step(layout, self.base_optimizer, self.model, moment.batch, rule.parameters, rule.multipliers)
         if perturbs:
             self._check_memory(step, moment)
-        transaction = Transaction(rule, step, self._exchange, self._maximised())
+        transaction = Transaction(rule, step, ground.placement, self._maximised())
         transaction.observer = self.observer if perturbs else None
         try:
             with transaction:
                 self._transaction = transaction
-                transaction.guard(controls or self.controls(closure))
+                transaction.guard(controls or self.controls(closure, layout))
                 yield from self._perturbed(transaction, closure, perturbs)
         finally:
             self._transaction = None
@@ -146,12 +163,14 @@ class Stepper:
 
     def resolved(self, moment: Moment) -> Rule:
         """Return the method with its hyper-parameters as they are at one step, including the groups' own values."""
-        defaults = self.base_optimizer.defaults
-        groups = [
+        defaults, groups = self.base_optimizer.defaults, self.base_optimizer.param_groups
+        if all(group.keys() - defaults.keys() <= _OF_GROUPS for group in groups):
+            return self.method.resolved(moment, ())
+        own = [
             ({k: v for k, v in group.items() if k not in defaults}, sum(p.requires_grad for p in group['params']))
-            for group in self.base_optimizer.param_groups
+            for group in groups
         ]
-        return self.method.resolved(moment, groups)
+        return self.method.resolved(moment, own)
 
     def check_names(self, rule: Rule) -> None:
         """Raise ValueError if the parameters that a rule names are not there."""
@@ -193,7 +212,7 @@ class Stepper:
     def _tell(self, record: StepRecord) -> None:
         """Report the step that was taken to the host, and give a hint where the losses do not move."""
         self.host.stepped(self.method, record)
-        if record.rule is not None and record.losses and is_known(record.losses[0]):
+        if record.rule is not None and self._stalled.looks and record.losses and is_known(record.losses[0]):
             self._stalled.see(float(record.losses[0]))
 
     def _count_step(self, perturbed: bool) -> None:
@@ -218,8 +237,9 @@ class Stepper:
     def _check_memory(self, step: Step, moment: Moment) -> None:
         """Say once that a resumed run has lost what the method remembers."""
         remembers = self.method.held_copies or self.method.held_numbers
-        known = step.memory or any(step.numbers.values())
-        if not remembers or not self._began or self.steps_perturbed or known:
+        if not remembers or not self._began or self.steps_perturbed:
+            return
+        if step.memory or any(step.numbers.values()):
             return
         if is_first_rank():
             log.warning(
@@ -254,11 +274,34 @@ class Stepper:
         kept = [bool(group.get('maximize')) for group in groups for p in group['params'] if p.requires_grad]
         return frozenset(place for place, maximised in enumerate(kept) if maximised)
 
-    def _current_layout(self) -> Layout:
-        """Return the layout, made again after parameters were added, frozen or replaced, or the model was replaced."""
+    def _current_ground(self) -> _Ground:
+        """Return what steps stand on, made again after parameters were added, frozen or replaced, or the model was."""
         parameters = self.trainable()
-        key = (id(self.model), *((id(p), p.dtype) for p in parameters))
-        if self._layout is None or self._layout[0] != key:
-            self._layout = (key, layout_of(parameters, self.model))
-            self._exchange = alone_in_memory(parameters, self.model)
-        return self._layout[1]
+        if self._ground is None or not self._ground.holds(parameters, self.model):
+            self._ground = _Ground(parameters, self.model)
+        return self._ground
+
+
+class _Ground:
+    """What stays the same from step to step while the parameters do.
+
+    Args:
+        parameters: the trainable parameters, in the optimizer's order.
+        model: the module they belong to.
+    """
+
+    def __init__(self, parameters: list[Tensor], model: nn.Module | None):
+        self.layout = layout_of(parameters, model)
+        self.placement = Placement(self.layout, alone_in_memory(parameters, model))
+        self._model = model
+        self._kinds = [p.dtype for p in parameters], [p.device for p in parameters]
+
+    def holds(self, parameters: list[Tensor], model: nn.Module | None) -> bool:
+        """Return whether the parameters and the model are still those of this object."""
+        known = self.layout.parameters
+        return (
+            model is self._model
+            and len(parameters) == len(known)
+            and all(map(operator.is_, parameters, known))
+            and ([p.dtype for p in parameters], [p.device for p in parameters]) == self._kinds
+        )

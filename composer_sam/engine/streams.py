@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 
-__all__ = ['RandomStreams']
+__all__ = ['RandomStreams', 'streams_of']
 
 
 @dataclass(frozen=True)
@@ -22,18 +23,65 @@ class _Stream:
         name: as a message shows it.
         read: returns the stream's state.
         write: puts the stream back to a state.
+        same: whether two states that were read one after the other are the same.
     """
 
     name: str
     read: Callable[[], Any]
     write: Callable[[Any], object]
+    same: Callable[[Any, Any], bool]
 
 
+def _same_python(a: Any, b: Any) -> bool:
+    # A draw moves the position, the last number of the state. When the position comes round again, after 624 draws, all
+    # words before it are others.
+    return a[1][-4:] == b[1][-4:] and a[2] == b[2]
+
+
+class _NumPy:
+    """The global stream of NumPy, which libraries draw from.
+
+    NumPy takes longer to return its state than to draw from it. So the state is read again only if the generator's
+    memory has changed, or if it keeps a normal number for the next draw, which does not show there.
+    """
+
+    _BYTES = 4 * 625  # of the Mersenne Twister: its words, and the position
+
+    def __init__(self) -> None:
+        self._memory = b''
+        self._state: dict[str, Any] = {}
+
+    def read(self) -> dict[str, Any]:
+        generator: Any = np.random.get_bit_generator()  # pyright: ignore
+        known = isinstance(generator, np.random.MT19937)
+        memory = ctypes.string_at(generator.ctypes.state_address, self._BYTES) if known else b''
+        if not known or memory != self._memory or self._state['has_gauss']:
+            self._memory, self._state = memory, np.random.get_state(legacy=False)  # noqa: NPY002
+        return self._state
+
+    def write(self, state: Any) -> None:
+        self._memory = b''
+        np.random.set_state(state)  # noqa: NPY002
+
+
+def _same_torch(a: Any, b: Any) -> bool:
+    return a.numpy().tobytes() == b.numpy().tobytes()  # a third of the time of torch.equal
+
+
+def _same_numpy(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if isinstance(a, dict):  # of a kind that depends on the generator
+        ours = cast(dict[str, Any], a)
+        return ours.keys() == b.keys() and all(_same_numpy(value, b[key]) for key, value in ours.items())
+    return np.array_equal(cast(Any, a), b) if isinstance(a, np.ndarray) else a == b
+
+
+_numpy = _NumPy()
 _ALWAYS = (
-    _Stream("Python's random", random.getstate, random.setstate),
-    # The global stream of NumPy is what libraries draw from.
-    _Stream('numpy.random', lambda: np.random.get_state(legacy=False), np.random.set_state),  # noqa: NPY002
-    _Stream('torch', torch.get_rng_state, torch.set_rng_state),
+    _Stream("Python's random", random.getstate, random.setstate, _same_python),
+    _Stream('numpy.random', _numpy.read, _numpy.write, _same_numpy),
+    _Stream('torch', torch.get_rng_state, torch.set_rng_state, _same_torch),
 )
 
 
@@ -46,11 +94,12 @@ class RandomStreams:
         names (list[str]): the streams, in the order of their states.
     """
 
-    def __init__(self, devices: set[torch.device]):
-        self.cuda = [device for device in devices if device.type == 'cuda']
+    def __init__(self, devices: Iterable[torch.device]):
+        chosen = set(devices)
+        self.cuda = [device for device in chosen if device.type == 'cuda']
         self._streams = [*_ALWAYS, *map(_cuda, self.cuda)]
-        if any(device.type == 'mps' for device in devices):
-            self._streams.append(_Stream('torch on mps', torch.mps.get_rng_state, torch.mps.set_rng_state))
+        if any(device.type == 'mps' for device in chosen):
+            self._streams.append(_Stream('torch on mps', torch.mps.get_rng_state, torch.mps.set_rng_state, _same_torch))
         self.names = [stream.name for stream in self._streams]
 
     def read(self) -> list[Any]:
@@ -68,8 +117,14 @@ class RandomStreams:
         return [
             number
             for number, (stream, place) in enumerate(zip(self._streams, since, strict=True))
-            if (only is None or number in only) and not _same(stream.read(), place)
+            if (only is None or number in only) and not stream.same(stream.read(), place)
         ]
+
+
+@functools.lru_cache(maxsize=16)
+def streams_of(devices: frozenset[torch.device]) -> RandomStreams:
+    """Return the streams of these devices; making them anew in every step would take time."""
+    return RandomStreams(devices)
 
 
 def _cuda(device: torch.device) -> _Stream:
@@ -77,13 +132,5 @@ def _cuda(device: torch.device) -> _Stream:
         f'torch on {device}',
         lambda: torch.cuda.get_rng_state(device),
         lambda state: torch.cuda.set_rng_state(state, device),
+        _same_torch,
     )
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, dict):  # NumPy's, of a kind that depends on its bit generator
-        ours = cast(dict[str, Any], a)
-        return ours.keys() == b.keys() and all(_same(value, b[key]) for key, value in ours.items())
-    if isinstance(a, np.ndarray):
-        return np.array_equal(cast(Any, a), b)
-    return torch.equal(a, b) if isinstance(a, Tensor) else a == b

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +39,7 @@ class Transaction:
     Args:
         rule: the update rule, with its hyper-parameters as they are at this step.
         step: the step as the rule sees it.
-        exchange: see :class:`~composer_sam.engine.placement.Placement`.
+        placement: what places the weights of the step's layout; None for one of its own.
         maximised: places of the parameters in groups with ``maximize=True``. A rule is sent, and returns, gradients of
             what is minimised: those of these parameters are negated on the way in and on the way out.
 
@@ -50,16 +49,19 @@ class Transaction:
         observer: called with the plain gradient and the direction, once both are known.
     """
 
-    def __init__(self, rule: Rule, step: Step, exchange: bool = True, maximised: frozenset[int] = frozenset()):
+    def __init__(
+        self, rule: Rule, step: Step, placement: Placement | None = None, maximised: frozenset[int] = frozenset()
+    ):
         self.index = -1
         self.open = False
         self.observer: Observer | None = None
         self.layout = step.layout
         self._step = step
-        self._placement = Placement(step.layout, exchange)
+        self._placement = placement or Placement(step.layout)
         self._maximised = maximised
         self._controls: Sequence[Control] = ()
         self._rule = rule.direction(step)
+        self._counted = False  # whether a pass has counted
         self._gradient: Vector | None = None
         self._last: TensorWeakRef | None = None
         self._direction: Direction | None = None
@@ -76,45 +78,20 @@ class Transaction:
         The body of the loop must leave the pass's gradient in the parameters' ``.grad``.
         """
         self._drop_gradients()  # a gradient from before the step belongs to no pass
-        counted = False
-        while (request := self._advance()) is not None:
-            self.index += 1
-            if counted or request.fraction < 1:
-                request = replace(request, counts=False)
-            for control in self._controls:
-                if self.index > 0:
-                    control.rewind()
-                elif not request.counts:
-                    control.leave_out()
-            if request.graph:
-                self._check_twice_differentiable()
-            if not request.sync and must_synchronise(self._step.model):
-                request = replace(request, sync=True)
-            if request.at is not None:
-                self._placement.place(request.at)
-                # Drop the offset: if w + offset was copied, the offset's memory is free during the pass.
-                request = replace(request, at=None)
-            with contextlib.ExitStack() as around:
-                if request.outputs is not None:
-                    around.enter_context(request.outputs.watched())
-                if request.graph:
-                    around.enter_context(refuse_reentrant_checkpoints())
+        request = self._next()
+        while request is not None:
+            if request.graph or request.outputs is not None:
+                with self._around(request):
+                    yield request
+            else:
                 yield request
-            if request.counts:
-                counted = True
-                for control in self._controls:
-                    control.first_pass_done()
-            self._gradient = self._take_gradient(request.graph)
-            self._placement.restore()
-            if self.index == 0 and self.observer is not None:
-                self._plain = self._kept(self._gradient, request.sync)
+            request = self._end(request)
         for control in self._controls:
             control.settle()
         if self._plain is not None and self.observer is not None:
             plain, self._plain = self._plain, None
             self.observer(plain, self._whole_direction())
 
-    @torch.no_grad()
     def write_direction(self) -> None:
         """Put the direction into the parameters' ``.grad`` for the base optimizer."""
         for parameter, value in self._entries(self._signed(self._found().gradients)):
@@ -134,10 +111,11 @@ class Transaction:
             # Not elsewhere: Adam takes a state with any key in it for one that it has initialised.
             for where in self._found().gradients.where:
                 self._step.state[self.layout.parameters[where]][MEMORY_PREFIX + name] = number
-        for parameter, ranks in zip(self.layout.parameters, self.layout.groups, strict=True):
-            if fsdp1_unsharded(parameter, ranks):
-                # With NO_SHARD, FSDP1's next forward fails if a gradient is in memory that FSDP1 did not allocate.
-                parameter.grad = None
+        if several_processes():
+            for parameter, ranks in zip(self.layout.parameters, self.layout.groups, strict=True):
+                if fsdp1_unsharded(parameter, ranks):
+                    # With NO_SHARD, FSDP1's next forward fails if a gradient is in memory that FSDP1 did not allocate.
+                    parameter.grad = None
         self._close()
 
     def skip(self, discard: bool) -> None:
@@ -183,7 +161,6 @@ class Transaction:
         self._rule.close()
         self._gradient = self._direction = self._plain = None
 
-    @torch.no_grad()
     def _apply_decoupled(self, groups: list[dict[str, Any]]) -> None:
         decoupled = self._found().decoupled
         if decoupled is None:
@@ -191,17 +168,57 @@ class Transaction:
         lr = {parameter: group['lr'] for group in groups for parameter in group['params']}
         rates = PerParameter(lr[parameter] for parameter in self.layout.parameters)
         moved = decoupled.like([real(self.layout.parameters[where]) for where in decoupled.where])
-        add(moved.donate(), scale(decoupled.donate(), negative(rates)))
+        with torch.no_grad():
+            add(moved.donate(), scale(decoupled.donate(), negative(rates)))
+
+    def _end(self, request: Pass) -> Pass | None:
+        """End a pass: take its gradient and put the weights back at w; begin the next, and return it."""
+        if request.counts:
+            self._counted = True
+            for control in self._controls:
+                control.first_pass_done()
+        self._gradient = self._take_gradient(request.graph)
+        if self.index == 0 and self.observer is not None:
+            self._plain = self._kept(self._gradient, request.sync)
+        return self._next()
 
     @torch.no_grad()
-    def _advance(self) -> Pass | None:
-        """Run the rule up to its next pass and return the pass; None if the rule has returned its direction."""
+    def _next(self) -> Pass | None:
+        """Begin the rule's next pass and return it; None if the rule has returned its direction."""
+        self._placement.restore()
         gradient, self._gradient = self._gradient, None
         try:
-            return next(self._rule) if gradient is None else self._rule.send(gradient)
+            asked = next(self._rule) if gradient is None else self._rule.send(gradient)
         except StopIteration as end:
             self._direction = end.value
             return None
+        del gradient  # the rule holds it now, or has given it up: its memory may be free
+        self.index += 1
+        counts = not self._counted and asked.fraction == 1
+        for control in self._controls:
+            if self.index > 0:
+                control.rewind()
+            elif not counts:
+                control.leave_out()
+        if asked.graph:
+            self._check_twice_differentiable()
+        if asked.at is not None:
+            self._placement.place(asked.at)
+        sync = asked.sync or must_synchronise(self._step.model)
+        if asked.at is None and asked.sync == sync and asked.counts == counts:
+            return asked
+        # Without the offset: if w + offset was copied, the offset's memory is free during the pass.
+        return Pass(None, sync, asked.graph, asked.outputs, asked.fraction, counts)
+
+    @contextlib.contextmanager
+    def _around(self, request: Pass) -> Generator[None]:
+        """Return the context of a pass whose outputs are watched, or whose gradient is differentiated again."""
+        with contextlib.ExitStack() as around:
+            if request.outputs is not None:
+                around.enter_context(request.outputs.watched())
+            if request.graph:
+                around.enter_context(refuse_reentrant_checkpoints())
+            yield
 
     def _drop_gradients(self) -> None:
         for parameter in self.layout.parameters:
@@ -209,20 +226,17 @@ class Transaction:
 
     def _take_gradient(self, graph: bool) -> Vector:
         """Take the gradients out of the parameters, so that nothing adds to them or zeroes them in place."""
-        values: list[Tensor] = []
-        where: list[int] = []
-        for place, parameter in enumerate(self.layout.parameters):
-            gradient = parameter.grad
-            if gradient is None:
-                continue
-            if gradient.layout != torch.strided:
-                raise ValueError(
-                    f'parameter {place} of shape {tuple(parameter.shape)} has a gradient of layout {gradient.layout}: '
-                    'only dense gradients are supported; use nn.Embedding(..., sparse=False)'
-                )
-            parameter.grad = None
-            values.append(gradient)
-            where.append(place)
+        parameters = self.layout.parameters
+        found = [parameter.grad for parameter in parameters]
+        where = [place for place, gradient in enumerate(found) if gradient is not None]
+        values = [gradient for gradient in found if gradient is not None]
+        self._drop_gradients()
+        if {gradient.layout for gradient in values} - {torch.strided}:
+            place, sparse = next(pair for pair in zip(where, values, strict=True) if pair[1].layout != torch.strided)
+            raise ValueError(
+                f'parameter {place} of shape {tuple(parameters[place].shape)} has a gradient of layout '
+                f'{sparse.layout}: only dense gradients are supported; use nn.Embedding(..., sparse=False)'
+            )
         if not graph:
             values = [value.detach() if value.requires_grad else value for value in values]
         if not self.layout.plain:
@@ -274,7 +288,7 @@ class Transaction:
                 '.grad, for example parameter.grad = static_gradient.clone()'
             )
         # A new tensor object, which lives only as long as the method holds the gradient.
-        with torch.enable_grad():  # the caller may have switched it off; a gradient with a graph keeps it
+        with torch.set_grad_enabled(values[0].requires_grad):  # a gradient with a graph keeps it
             values[0] = values[0].view_as(values[0])
         self._last = TensorWeakRef(values[0])
 
@@ -285,7 +299,7 @@ class Transaction:
 
     def _entries(self, vector: Vector) -> list[tuple[Tensor, Tensor]]:
         """Return pairs of a parameter and its tensor of the vector, in the form that the base optimizer expects."""
-        pairs = zip(vector.values, vector.where, strict=True)
-        return [
-            (self.layout.parameters[where], shaped_like(self.layout.parameters[where], value)) for value, where in pairs
+        pairs = [
+            (self.layout.parameters[where], value) for value, where in zip(vector.values, vector.where, strict=True)
         ]
+        return pairs if self.layout.plain else [(parameter, shaped_like(parameter, v)) for parameter, v in pairs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from numbers import Real
@@ -91,6 +92,7 @@ def choice(default: str, *others: str) -> Any:
     return dataclasses.field(default=default, metadata={'choices': (default, *others)})
 
 
+@functools.cache
 def numeric(method: type[Any]) -> dict[str, Range]:
     """Return the numeric hyper-parameters of a method's class, with their ranges."""
     return {field.name: field.metadata['range'] for field in dataclasses.fields(method) if 'range' in field.metadata}

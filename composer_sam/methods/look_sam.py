@@ -87,5 +87,5 @@ class LookSAM(SharpnessAware):
         offset = step.offset(grad, self.rho, self.epsilon)
         mean_grad = self.averaged(step, grad)
         ascent_grad = yield Pass(at=offset.donate())
-        step.staged['reused'] = orthogonal(ascent_grad, mean_grad, self.epsilon, self.granularity)
+        step.staged['reused'] = orthogonal(ascent_grad, mean_grad.donate(), self.epsilon, self.granularity)
         return Direction(ascent_grad)

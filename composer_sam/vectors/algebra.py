@@ -8,6 +8,7 @@ at least fp32. Nothing here waits for the device: scalars stay 0-dimensional ten
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import compress
 from typing import TypeVar
 
 import torch
@@ -48,7 +49,7 @@ __all__ = [
     'subtract',
 ]
 
-_HALF = (torch.float16, torch.bfloat16)
+_HALF = frozenset((torch.float16, torch.bfloat16))
 
 Result = TypeVar('Result', bound=float | Tensor)
 
@@ -112,9 +113,8 @@ def dots(*pairs: tuple[Vector, Vector]) -> list[Tensor]:
     columns: list[list[Tensor]] = []
     factors: list[float] = []
     for x, y in zip(together[::2], together[1::2], strict=True):
-        (a, a_factor), (b, b_factor) = x.terms(), y.terms()
-        columns.append(_inner(a, b, x.layout.accumulator))
-        factors.append(a_factor * b_factor)
+        columns.append(_partials(x, y))
+        factors.append(x.terms()[1] * y.terms()[1])
     sums = together[0].layout.sums(columns, together[0].where)
     return [total if factor == 1 else total * factor for total, factor in zip(sums, factors, strict=True)]
 
@@ -154,7 +154,7 @@ def axpy(a: Coefficient, x: Vector, y: Vector) -> Vector:
     """Return ``a * x + y``, in the memory of ``y`` if it is donated."""
     a = a if half_precision(x) else as_number(a)
     if not isinstance(a, (int, float)):
-        return add(scale(x, a), y)
+        return add(scale(x, a).donate(), y)  # nothing else uses the product
     x, y = aligned(x, y)
     values, factor = x.terms()
     if not y.donated:
@@ -242,17 +242,37 @@ def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.where(denominator == 0, torch.zeros_like(numerator), numerator / denominator)
 
 
+def _partials(x: Vector, y: Vector) -> list[Tensor]:
+    """Return parts of the inner product of two vectors on the same parameters, without their factors, on this rank."""
+    (a, _), (b, _), layout = x.terms(), y.terms(), x.layout
+    chosen = [place in layout.small for place in x.where] if layout.small else []
+    if chosen.count(True) < 2:
+        return _inner(a, b, layout.accumulator)
+
+    def divided(values: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        rest = [value for value, its in zip(values, chosen, strict=True) if not its]
+        return multi_tensor.flatten(list(compress(values, chosen))), rest
+
+    left, a_rest = divided(a)
+    right, b_rest = (left, a_rest) if a is b else divided(b)
+    # Not BLAS, which takes two threads for as little as this, and then waits for them.
+    return [(left * right).sum(), *_inner(a_rest, b_rest, layout.accumulator)]
+
+
 def _inner(x: list[Tensor], y: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Return the inner product of each pair of tensors, accumulated in ``dtype``."""
-    if x is y and not all(v.device.type == 'cpu' and v.dtype == dtype and v.is_contiguous() for v in x):
+    if x is y and not all(v.is_cpu and v.dtype == dtype and v.is_contiguous() for v in x):
         return [length.square() for length in multi_tensor.norm(x, dtype=dtype)]
     # BLAS reads memory faster than the norm does, and memory limits the speed of a step on the CPU.
+    if x is y:
+        return [torch.dot(a, a) for a in (value.reshape(-1) for value in x)]
     return [torch.dot(a.reshape(-1).to(dtype), b.reshape(-1).to(dtype)) for a, b in zip(x, y, strict=True)]
 
 
 def aligned(*vectors: Vector) -> tuple[Vector, ...]:
     """Return the vectors over the same parameters: an entry that only some of them have is zero in the others."""
-    if len({vector.where for vector in vectors}) == 1:
+    first = vectors[0]
+    if all(vector is first or vector.where == first.where for vector in vectors):
         return vectors
     union = sorted({place for vector in vectors for place in vector.where})
     templates = {place: value for v in vectors for place, value in zip(v.where, v.values, strict=True)}
@@ -266,14 +286,14 @@ def aligned(*vectors: Vector) -> tuple[Vector, ...]:
 
 
 def half_precision(x: Vector) -> bool:
-    return any(value.dtype in _HALF for value in x.terms()[0])
+    return not _HALF.isdisjoint({value.dtype for value in x.terms()[0]})
 
 
 def as_number(factor: Coefficient) -> Coefficient:
     """Return the factor as a number if that needs no wait: it is in CPU memory and equal for all parameters."""
     if isinstance(factor, PerParameter) and factor and len({id(c) for c in factor}) == 1:
         factor = factor[0]
-    return factor.item() if isinstance(factor, Tensor) and factor.device.type == 'cpu' else factor
+    return factor.item() if isinstance(factor, Tensor) and factor.is_cpu else factor
 
 
 def _by_factor(

@@ -10,7 +10,6 @@ from torch import Tensor
 from composer_sam.vectors.algebra import (
     absolute,
     aligned,
-    as_number,
     axpy,
     dots,
     each,
@@ -59,13 +58,16 @@ def to_radius(
     if metric is not None:
         x = multiply(x, metric).donate()
 
-    def factor(radius: float, eps: float) -> Tensor:
+    # Read from CPU memory the norm needs no wait, and a multiple with a pending factor no memory.
+    size = of.item() if of.is_cpu and not half_precision(x) else None
+
+    def factor(radius: float, eps: float) -> float | Tensor:
+        if size is not None:
+            return radius / (size + eps) if size else 0.0
         return torch.where(of == 0, torch.zeros_like(of), radius / (of + eps))
 
     found = each(factor, rho, epsilon)
-    number = as_number(found)
-    # A multiple with a pending factor needs no memory.
-    return x.times(number) if isinstance(number, float) and not half_precision(x) else scale(x, found)
+    return x.times(found) if isinstance(found, float) else scale(x, found)
 
 
 def shorten(x: Vector, rho: Number) -> Vector:
@@ -105,6 +107,8 @@ def orthogonal(x: Vector, y: Vector, epsilon: float = 0.0, granularity: str = 'g
     r"""Return ``x`` without its part along ``y``, over all parameters or, for ``'tensor'``, in each parameter's tensor.
 
     .. math:: x - \frac{\langle x, y \rangle}{\lVert y \rVert^2 + \epsilon} \, y
+
+    A donated ``y`` is scaled in place where its factor is not one number.
     """
     if granularity == 'global':
         xy, yy = dots((x, y), (y, y))

@@ -33,6 +33,9 @@ Groups: TypeAlias = tuple[dist.ProcessGroup, ...]
 
 _ORDINARY = (Tensor, nn.Parameter)
 
+_SMALL = 4096  # elements; measured: from there on the copy takes longer than the call
+_SMALL_TOGETHER = 2**20  # so that the copy of all stays small beside one of the weights of most models
+
 
 class Layout:
     """The trainable parameters of one optimizer, and the ranks over which each of them is sharded.
@@ -48,13 +51,17 @@ class Layout:
         self.groups: tuple[Groups, ...] = ((),) * len(self.parameters) if groups is None else tuple(groups)
         self.padded = padded
         self.sharded = any(self.groups)
+        self.devices = frozenset(parameter.device for parameter in self.parameters)
         # Whether nothing must be unwrapped: there are no DTensors and no complex numbers.
         self.plain = not any(is_dtensor(p) or p.is_complex() for p in parameters)
         double = any(p.dtype in (torch.float64, torch.complex128) for p in parameters)
         self.accumulator = torch.float64 if double else torch.float32
+        self.small = self._small()
 
     def stack(self, scalars: Sequence[Tensor]) -> Tensor:
         """Return 0-dimensional tensors as one 1-dimensional tensor, on the device of the first."""
+        if len(self.devices) == 1:
+            return torch.stack(list(scalars))
         device = scalars[0].device
         return torch.stack([s if s.device == device else s.to(device) for s in scalars])
 
@@ -64,14 +71,14 @@ class Layout:
         There is one collective per set of ranks, for all columns together, even if this rank contributes no entry.
         """
         if not self.sharded:
-            return [self.stack(column).sum() if column else self._zero() for column in columns]
+            return [self._total(column) for column in columns]
         totals: list[Tensor] = []
         for groups in dict.fromkeys(self.groups):
             members = [
                 [p for p, place in zip(column, where, strict=True) if self.groups[place] == groups]
                 for column in columns
             ]
-            own = [self.stack(partials).sum() if partials else self._zero() for partials in members]
+            own = [self._total(partials) for partials in members]
             totals.append(_summed(self.stack(own), groups))
         device = totals[0].device
         return list(torch.stack([total.to(device) for total in totals]).sum(0))
@@ -85,6 +92,22 @@ class Layout:
             together = _summed(self.stack([own.get(place, self._zero()) for place in members]), groups)
             sums.update(zip(members, together, strict=True))
         return [sums[place] for place in where]
+
+    def _small(self) -> frozenset[int]:
+        """Return the places of parameters so small that a call for each takes longer than copying them together."""
+        if self.sharded or not self.plain:
+            return frozenset()
+        sizes = {
+            place: parameter.numel()
+            for place, parameter in enumerate(self.parameters)
+            if parameter.device.type == 'cpu' and parameter.dtype == self.accumulator and parameter.numel() <= _SMALL
+        }
+        return frozenset(sizes if len(sizes) > 1 and sum(sizes.values()) <= _SMALL_TOGETHER else ())
+
+    def _total(self, partials: Sequence[Tensor]) -> Tensor:
+        if len(partials) < 2:
+            return partials[0] if partials else self._zero()
+        return self.stack(partials).sum()
 
     def _zero(self) -> Tensor:
         device = local(self.parameters[0]).device if self.parameters else None

@@ -10,7 +10,20 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ['Factor', 'absolute', 'add', 'add_', 'copy_', 'multiply', 'multiply_', 'norm', 'sign', 'split']
+__all__ = [
+    'Factor',
+    'absolute',
+    'add',
+    'add_',
+    'copy_',
+    'flatten',
+    'multiply',
+    'multiply_',
+    'norm',
+    'sign',
+    'split',
+    'unflatten',
+]
 
 # One number for all tensors, or one tensor for each.
 Factor: TypeAlias = float | Tensor | list[Tensor]
@@ -69,6 +82,17 @@ def reciprocal(values: list[Tensor]) -> list[Tensor]:
 def norm(values: list[Tensor], order: float = 2, dtype: torch.dtype | None = None) -> list[Tensor]:
     """Return the norm of every tensor, accumulated in ``dtype``."""
     return list(torch._foreach_norm(values, order, dtype=dtype)) if values else []
+
+
+def flatten(values: list[Tensor]) -> Tensor:
+    """Return a copy of all tensors, of one device and data type, as one long tensor."""
+    together = torch._C._nn.flatten_dense_tensors(values)
+    return together.clone() if len(values) == 1 else together  # torch does not copy a single one
+
+
+def unflatten(together: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Return the pieces of what :func:`flatten` returned, with the shapes of ``like``; they share its memory."""
+    return list(torch._C._nn.unflatten_dense_tensors(together, like))
 
 
 def split(together: Tensor, sizes: list[int]) -> list[Tensor]:

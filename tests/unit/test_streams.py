@@ -52,3 +52,34 @@ def test_another_bit_generator_is_put_back_too() -> None:
     expected = np.random.rand()
     streams.write(places)
     assert np.random.rand() == expected
+
+
+@pytest.mark.parametrize('before', [0, 1])
+@pytest.mark.parametrize(
+    ('draw', 'stream'),
+    [
+        (random.random, 0),
+        (lambda: random.gauss(0, 1), 0),
+        (lambda: random.getrandbits(32 * 624), 0),  # as many as the state has words: the position is the same again
+        (lambda: random.seed(1), 0),
+        (np.random.rand, 1),
+        (np.random.randn, 1),
+        (lambda: np.random.bytes(4 * 624), 1),
+        (lambda: np.random.seed(1), 1),
+        (lambda: torch.rand(()).item(), 2),
+        (lambda: torch.rand(624).sum().item(), 2),
+        (lambda: torch.manual_seed(1), 2),
+    ],
+)
+def test_a_stream_that_was_drawn_from_has_moved(draw: Callable[[], object], stream: int, before: int) -> None:
+    """Also by what its state barely shows: the second of two normal numbers, or a whole round of the position."""
+    for _ in range(before):
+        random.gauss(0, 1)
+        np.random.randn()
+    streams = RandomStreams(set())
+    places = streams.read()
+    assert streams.moved(places) == []
+    draw()
+    assert streams.moved(places) == [stream]
+    streams.write(places)
+    assert streams.moved(places) == []

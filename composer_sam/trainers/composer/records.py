@@ -10,7 +10,7 @@ from composer.algorithms import GradientClipping
 from composer.callbacks import MemoryMonitor
 from composer.core import State
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 __all__ = ['RecordsControl']
 
@@ -38,7 +38,8 @@ class RecordsControl:
         self._batch = state.batch
         self._cell = microbatches
         self._microbatches = microbatches.cell_contents
-        self._pristine = tree_map(_clone, self._microbatches)
+        self._leaves, self._structure = tree_flatten(self._microbatches)
+        self._pristine = [_clone(leaf) for leaf in self._leaves]
         self._records: dict[str, Any] = {}
         self._counted = False
         self._algorithms = list(state.algorithms)
@@ -58,7 +59,7 @@ class RecordsControl:
     def rewind(self) -> None:
         if self._metrics is not None:
             self._state.train_metrics = {} if self._counted else self._metrics
-        self._cell.cell_contents = tree_map(_clone, self._pristine)
+        self._cell.cell_contents = tree_unflatten([_clone(leaf) for leaf in self._pristine], self._structure)
 
     def settle(self) -> None:
         self._state.algorithms = self._algorithms
@@ -68,7 +69,7 @@ class RecordsControl:
         self._cell.cell_contents = self._microbatches
         for name, value in self._records.items():
             # Detached, because a differentiable backward would keep the graph alive until the next batch.
-            setattr(self._state, name, tree_map(_detached, value))
+            setattr(self._state, name, value.detach() if isinstance(value, Tensor) else tree_map(_detached, value))
 
     def discard(self) -> None:
         self.settle()
@@ -76,7 +77,9 @@ class RecordsControl:
     def rollback(self) -> None:
         # The trainer itself clears metrics and records before it retries a batch.
         self.settle()
-        tree_map(_write_back, self._microbatches, self._pristine)
+        for leaf, pristine in zip(self._leaves, self._pristine, strict=True):
+            if isinstance(leaf, Tensor):
+                leaf.detach().copy_(pristine)
 
 
 def _clone(item: Any) -> Any:
@@ -86,8 +89,3 @@ def _clone(item: Any) -> Any:
 
 def _detached(item: Any) -> Any:
     return item.detach() if isinstance(item, Tensor) else item
-
-
-def _write_back(item: Any, pristine: Any) -> None:
-    if isinstance(item, Tensor):
-        item.detach().copy_(pristine)
