@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib.container import ErrorbarContainer
 from matplotlib.lines import Line2D
 
 import benchmarks.report
+from benchmarks.before_after import compared
 from benchmarks.pareto import draw, front
 from benchmarks.quality_runs import Candidate, Remedy, Task, equal_compute, train
 from benchmarks.readme import FIGURES, FILES, filled
@@ -131,3 +133,19 @@ def test_methods_that_are_equal_are_all_seen() -> None:
             assert other.get_markerfacecolor() == 'none'
             assert sam.get_markersize() < other.get_markersize() and sam.get_zorder() > other.get_zorder()
         assert len({str(one.get_marker()) for one in (sam, *markers.values())}) == 1 + len(markers)
+
+
+def test_a_change_is_shown_by_the_cases_of_sam_that_both_reports_have() -> None:
+    columns = ['tensors', 'parameters', 'variant', 'µs beyond the passes', "x Composer's SAM", 'x memory floor']
+
+    def report(*rows: list[Any]) -> dict[str, Any]:
+        return {
+            'environment': {'commit': 'abc', 'date': '2026-11-21T10:00:00'},
+            'tables': [{'title': 'sizes', 'columns': columns, 'rows': list(rows)}],
+        }
+
+    before = report([10, 1e4, 'SAM', 9.0, 3.0, 5.0], [10, 1e4, 'GAM', 1.0, 1.0, 1.0])
+    after = report([10, 1e4, 'SAM', 3.0, 1.0, 2.0], [100, 1e4, 'SAM', 1.0, 1.0, 1.0])
+    table = compared(before, after)
+    assert table.rows == [('10 tensors, 1e+04 parameters', 9.0, 3.0, 5.0, 3.0, 1.0, 2.0)]
+    assert table.note.endswith('Before: commit abc, of 2026-11-21.')
