@@ -10,7 +10,8 @@ on a validation split; the test split is looked at once, with that.
     python -m benchmarks.thrift --tasks digits-40 --seeds 2 --epochs 5 --json OUT       # a trial of minutes
 
 Finished runs are stored in benchmarks/.work, so that the same command continues an interrupted benchmark. The runs of
-one process are stored under the code it began with.
+one process are stored under the code it began with; ``--runs FOLDER`` goes on with those of an earlier version whose
+steps are the same, and the report says so.
 """
 
 from __future__ import annotations
@@ -77,14 +78,16 @@ def main() -> None:
     parser.add_argument('--seeds', type=int, default=5)
     parser.add_argument('--epochs', type=int, help="for a trial: instead of the tasks' own")
     parser.add_argument('--jobs', type=int, help='runs side by side (default: one per core)')
+    parser.add_argument('--runs', type=Path, metavar='FOLDER', help='the finished runs of an earlier version')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='of the first backward')
     parser.add_argument('--json', metavar='OUT', help='write the report here instead of benchmarks/results/')
     options = parser.parse_args()
     if options.seeds < 2:
         parser.error(f'--seeds must be >= 2, got {options.seeds}: a spread needs two')
 
-    folder = WORK / f'thrift-{code()}'  # of the code that this process began with
-    config = {key: value for key, value in vars(options).items() if key != 'images'}
+    folder = options.runs or WORK / f'thrift-{code()}'  # of the code that this process began with
+    config = {key: value for key, value in vars(options).items() if key not in ('images', 'runs')}
+    config |= {'runs of an earlier version': options.runs.name} if options.runs else {}
     report = Report('thrift', {**config, 'validation': VALIDATION, 'choosing_seeds': CHOOSING_SEEDS}, options.json)
     known = tasks(lambda: image_folder(options.images))
     found = []
