@@ -92,7 +92,7 @@ class SharpnessAwareOptimizer(Stepper, Optimizer):
 
     def __new__(cls, base_optimizer: Optimizer, *args: Any, **kwargs: Any) -> SharpnessAwareOptimizer:
         del args, kwargs
-        return object.__new__(_named_like(type(base_optimizer)))
+        return object.__new__(_named_like(cls, type(base_optimizer)))
 
     def __init__(
         self,
@@ -172,11 +172,12 @@ class SharpnessAwareOptimizer(Stepper, Optimizer):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, and the host may be a trainer, which cannot be copied.
-        return _rebuild, (self.base_optimizer, self.method, self.model, self.grad_scaler, self.steps_taken)
+        made_of = (self.base_optimizer, self.method, self.model, self.grad_scaler, self.steps_taken)
+        return _rebuild, (type(self).__base__, *made_of)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharpnessAwareOptimizer:
         rebuild, arguments = self.__reduce_ex__(2)
-        return rebuild(*copy.deepcopy(arguments, memo))
+        return rebuild(*copy.deepcopy(arguments, memo))  # classes are not copied
 
     # The step: by a closure, by a loop over passes, or by two calls.
 
@@ -293,17 +294,19 @@ class SharpnessAwareOptimizer(Stepper, Optimizer):
 
 
 @functools.cache
-def _named_like(base: type[Optimizer]) -> type[SharpnessAwareOptimizer]:
-    """Return a wrapper class with the base optimizer's name.
+def _named_like(wrapper: type[SharpnessAwareOptimizer], base: type[Optimizer]) -> type[SharpnessAwareOptimizer]:
+    """Return a subclass of the wrapper's class with the base optimizer's name.
 
     Composer stores an optimizer's state under its class's ``__qualname__`` and drops state under another name. Because
     the names are equal, checkpoints load with and without the algorithm.
     """
-    return type(base.__name__, (SharpnessAwareOptimizer,), {'__qualname__': base.__qualname__, '__doc__': base.__doc__})
+    return type(base.__name__, (wrapper,), {'__qualname__': base.__qualname__, '__doc__': base.__doc__})
 
 
-def _rebuild(base: Any, method: Any, model: Any, grad_scaler: Any, steps_taken: int) -> SharpnessAwareOptimizer:
-    optimizer = SharpnessAwareOptimizer(base, method, model, grad_scaler)
+def _rebuild(
+    wrapper: type[SharpnessAwareOptimizer], base: Any, method: Any, model: Any, grad_scaler: Any, steps_taken: int
+) -> SharpnessAwareOptimizer:
+    optimizer = wrapper(base, method, model, grad_scaler)
     optimizer.steps_taken = steps_taken
     return optimizer
 

@@ -210,6 +210,31 @@ def test_copies_continue_as_the_original(name: str, base: str) -> None:
     assert same(pairs[0][1].state_dict(), optimizer.state_dict())
 
 
+class Counting(SharpnessAwareOptimizer):
+    """A user's own wrapper."""
+
+    calls = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.calls += 1
+        return super().step(closure)
+
+
+def test_a_subclass_is_what_it_says_and_so_are_its_copies() -> None:
+    model = network(dropout=0.0)
+    optimizer = Counting(BASES['SGD'](model.parameters()), SAM(), model)
+    plain = copy.deepcopy(model)
+    reference = SharpnessAwareOptimizer(BASES['SGD'](plain.parameters()), SAM(), plain)
+    for batch in batches(2):
+        optimizer.step(Closure(model, batch))
+        reference.step(Closure(plain, batch))
+    assert same(list(model.parameters()), list(plain.parameters()))
+    assert optimizer.calls == 2
+    for one in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert isinstance(one, Counting)
+        assert type(one).__qualname__ == 'SGD'
+
+
 @pytest.mark.parametrize('base', BASES)
 @pytest.mark.parametrize('name', METHODS)
 def test_resume_from_the_base_optimizers_checkpoint(name: str, base: str) -> None:
