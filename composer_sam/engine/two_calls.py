@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from composer_sam.engine.controls import Control, end_skipped
 from composer_sam.engine.interrupts import InterruptsHeld
 from composer_sam.engine.rule import PLAIN
 from composer_sam.engine.stepper import Stepper
 from composer_sam.engine.streams import RandomStreams
+from composer_sam.engine.wrappers import is_compiled
 
 __all__ = ['TwoCalls']
 
@@ -26,7 +28,8 @@ class TwoCalls:
     """The passes of an optimizer, driven by two calls.
 
     The first forward is over when ``first`` is called: it is too late to save the random streams and buffers it began
-    with. So a hook on the model saves them before the first forward in training mode after a step.
+    with. So hooks save them before the first forward in training mode after a step: of the model or, if it is not
+    called itself (``model.loss(x)``), of the first module that is.
     """
 
     def __init__(self, optimizer: Stepper):
@@ -44,7 +47,7 @@ class TwoCalls:
         # TorchScript modules take no hooks.
         if model is not None and not optimizer.host.steps_by_itself and not isinstance(model, torch.jit.ScriptModule):
             self._watch = _Watch(optimizer)
-            model.register_forward_pre_hook(self._watch)
+            self._watch.attach(model)
 
     def check_none_pending(self) -> None:
         if self._pending:
@@ -60,6 +63,7 @@ class TwoCalls:
         if self._watch is not None:
             self._watch.take()
             self._watch.armed = False
+            self._watch.of_parts(None)
         try:
             yield
         finally:
@@ -93,6 +97,8 @@ class TwoCalls:
                 controls = optimizer.controls()
                 streams = RandomStreams({parameter.device for parameter, _ in gradients})
                 self._late = streams, streams.read()
+                if self._watch is not None:
+                    self._watch.of_parts(optimizer.model)
             passes = self._passes = optimizer.run(controls=controls)
             plain = next(passes) is PLAIN
             _put(gradients)  # beginning a step drops the gradients from before it
@@ -179,13 +185,27 @@ class TwoCalls:
 class _Watch:
     """A forward pre-hook that saves random streams and buffers before the first forward of a step.
 
-    It belongs to one optimizer: a copy or a pickle of the hook, made with its module, does nothing.
+    It is on the model and, until the model is called itself or a step is taken without two calls, on its parts: a hook
+    makes every call of a module slower. It belongs to one optimizer: a copy or a pickle of the hook, made with its
+    module, does nothing.
     """
 
     def __init__(self, optimizer: Stepper | None = None):
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
         self._noted: Sequence[Control] = ()
+        self._parts: list[RemovableHandle] = []
         self.armed = optimizer is not None
+
+    def attach(self, model: nn.Module) -> None:
+        """Watch a model."""
+        model.register_forward_pre_hook(self)
+        self.of_parts(model)
+
+    def of_parts(self, model: nn.Module | None) -> None:
+        """Watch the parts of a model; None: of none."""
+        for handle in self._parts:
+            handle.remove()
+        self._parts = [] if model is None else [m.register_forward_pre_hook(self) for m in _parts(model)]
 
     def __call__(self, module: nn.Module, *_: Any) -> None:
         if torch.compiler.is_compiling():  # this module is part of a graph, which has no place for the streams
@@ -194,6 +214,8 @@ class _Watch:
         if self.armed and optimizer is not None and module.training and torch.is_grad_enabled():
             self._noted = optimizer.controls()
             self.armed = False
+            if module is optimizer.model:
+                self.of_parts(None)
 
     def take(self) -> Sequence[Control]:
         noted, self._noted = self._noted, ()
@@ -201,6 +223,16 @@ class _Watch:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _Watch, ()
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """Return the modules within a module, but for those in a compiled one: its graph has no place for hooks."""
+    if is_compiled(module):
+        return
+    for child in module.children():
+        if not isinstance(child, torch.jit.ScriptModule):
+            yield child
+            yield from _parts(child)
 
 
 def _put(gradients: Any) -> None:

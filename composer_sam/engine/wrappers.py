@@ -33,6 +33,7 @@ __all__ = [
     'fsdp1_flattened',
     'fsdp1_unsharded',
     'group_of',
+    'is_compiled',
     'is_fsdp',
     'layout_of',
     'must_synchronise',
@@ -83,6 +84,11 @@ def is_fsdp(module: nn.Module) -> bool:
     """Return whether FSDP1 or FSDP2 has wrapped the module."""
     fsdp = _fsdp()
     return fsdp is not None and isinstance(module, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule))
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether a call of the module runs a compiled graph: ``torch.compile(module)``, ``module.compile()``."""
+    return '_orig_mod' in module._modules or module._compiled_call_impl is not None
 
 
 def fsdp1_flattened(parameter: Tensor) -> bool:
