@@ -56,7 +56,7 @@ def test_shards_of_a_loop_of_ones_own_are_loaded_with_what_the_method_remembers(
     for batch in data[:3]:
         optimizer.step(closure_for(optimizer, model, batch))
     with shared_folder() as folder:
-        found = dict(zip(('model', 'optim'), get_state_dict(model, optimizer), strict=True))
+        found: dict[str, Any] = dict(zip(('model', 'optim'), get_state_dict(model, optimizer), strict=True))
         checkpoint.save(found, checkpoint_id=folder)
         for batch in data[3:]:
             optimizer.step(closure_for(optimizer, model, batch))
@@ -79,7 +79,7 @@ def test_shards_of_another_model_are_refused() -> None:
     with shared_folder() as folder:
         for parameter in model.parameters():
             optimizer.state[parameter]['sharpness_aware.g_v'] = parameter.detach().clone()
-        found = dict(zip(('model', 'optim'), get_state_dict(model, optimizer), strict=True))
+        found: dict[str, Any] = dict(zip(('model', 'optim'), get_state_dict(model, optimizer), strict=True))
         checkpoint.save(found, checkpoint_id=folder)
         other = {'model': {}, 'optim': {'state': {}}}
         with pytest.raises(CheckpointException, match='for bias, which the model does not have|for weight, which'):
