@@ -14,6 +14,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from benchmarks.pareto import front
@@ -25,6 +26,7 @@ from composer_sam.landscapes.pictures import png
 __all__ = ['PICTURE', 'draw', 'title']
 
 PICTURE = Path(__file__).resolve().parents[1] / 'docs' / 'thrift.png'
+_LEFT = 0.78  # of the axis; settings of one pass are named there
 _LOWEST = -20.0  # percent; what is lower is drawn here, as an arrow
 # Colours that are told apart with any kind of colour blindness (Okabe and Ito).
 _COLOURS = {
@@ -56,7 +58,7 @@ def draw(report: dict[str, Any]) -> Figure:
     if not tasks:
         raise SystemExit('SAM has a gain on none of the tasks: there is nothing to draw')
     rows = [row for row in rows if all(row[task] != NONE for task in tasks)]
-    figure = Figure(figsize=(9.5, 6.4), layout='constrained')
+    figure = Figure(figsize=(10.5, 7.4), layout='constrained')
     axis = figure.subplots()
     axis.set_title(title(rows, tasks), fontsize=11)
     axis.set_xlabel('passes per step; SGD has 1')
@@ -65,10 +67,10 @@ def draw(report: dict[str, Any]) -> Figure:
     axis.xaxis.set_major_formatter(lambda value, _: f'{value:g}x')
     axis.yaxis.set_major_formatter(lambda value, _: f'{value:.0f} %')
     axis.spines[['top', 'right']].set_visible(False)
-    axis.set_xlim(0.94, 2.12)
+    axis.set_xlim(_LEFT, 2.12)
     axis.set_ylim(_LOWEST - 6, max(108.0, *(row['smallest share'] + 8 for row in rows)))
-    axis.fill_between([0.94, GOAL_PASSES], GOAL_SHARE, axis.get_ylim()[1], color='0.92', zorder=0)
-    axis.text(0.95, GOAL_SHARE, ' the goal', va='bottom', fontsize=9, color='0.35')
+    axis.fill_between([_LEFT, GOAL_PASSES], GOAL_SHARE, axis.get_ylim()[1], color='0.92', zorder=0)
+    axis.text(_LEFT, axis.get_ylim()[1], ' the goal', va='top', fontsize=9, color='0.35')
     reached = front([(row['passes'], row['smallest share']) for row in rows if row['smallest share'] > _LOWEST])
     axis.step(*zip(*reached, strict=True), where='post', color='0.85', linewidth=5, zorder=1)
     for family, colour in _COLOURS.items():
@@ -111,7 +113,8 @@ def _label(axis: Axes, rows: Sequence[Row]) -> None:
                 path_effects=[withStroke(linewidth=2.5, foreground='white')],
                 arrowprops={'arrowstyle': '-', 'color': '0.7', 'linewidth': 0.6, 'shrinkB': 3} if far else None,
             )
-            box = written.get_window_extent()
+            written.get_window_extent()  # which places it
+            box = Text.get_window_extent(written)  # without its line
             free = not any(box.overlaps(other) for other in taken) and inside.x0 <= box.x0 and box.x1 <= inside.x1
             if free or offset == _PLACES[-1]:
                 taken.append(box)
