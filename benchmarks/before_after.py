@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import RESULTS, Table
-from composer_sam.files import write_whole
+from benchmarks.report import RESULTS, Table, write_report
 
 REPORT = RESULTS / 'optimizer_overhead.json'
 TITLE = 'Before and after'
@@ -59,12 +59,9 @@ def main() -> None:
     report = json.loads(REPORT.read_text())
     table = compared(json.loads(options.before.read_text()), report)
     report['tables'] = [t for t in report['tables'] if t['title'] != TITLE]
-    report['tables'].append({'title': table.title, 'columns': table.columns, 'rows': table.rows, 'note': table.note})
-    write_whole(REPORT, json.dumps(report, indent=1) + '\n')
-    readable = REPORT.with_suffix('.md')
-    whole = readable.read_text().split(f'\n### {TITLE}')[0].rstrip('\n')
-    write_whole(readable, f'{whole}\n\n{table.markdown()}\n')
+    report['tables'].append(asdict(table))
     print(table.markdown())
+    write_report(REPORT, report)
 
 
 if __name__ == '__main__':

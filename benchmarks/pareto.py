@@ -5,8 +5,6 @@ python -m benchmarks.pareto
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.report import RESULTS
-from composer_sam.files import write_whole
-from composer_sam.landscapes.pictures import png
+from benchmarks.picture import write_picture
 
 __all__ = ['PICTURE', 'draw', 'front']
 
@@ -100,14 +96,5 @@ def _panel(axis: Axes, task: str, rows: Sequence[dict[str, Any]]) -> None:
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--report', type=Path, default=RESULTS / 'quality.json')
-    parser.add_argument('--out', type=Path, default=PICTURE)
-    options = parser.parse_args()
-    write_whole(options.out, png(draw(json.loads(options.report.read_text())), dpi=130))
-    print(f'written to {options.out}')
-
-
 if __name__ == '__main__':
-    main()
+    write_picture(__doc__, 'quality', draw, PICTURE)

@@ -112,23 +112,30 @@ class Report:
             'config': self.config,
             'tables': [asdict(table) for table in self.tables],
         }
-        path = self._out.with_name(self._out.name + '.json')
-        write_whole(path, json.dumps(content, indent=1, default=str) + '\n')
-        readable = path.with_suffix('.md')
-        write_whole(readable, self.markdown())
-        print(f'\nwritten to {readable} and {path.name}', flush=True)
-        return readable
+        return write_report(self._out.with_name(self._out.name + '.json'), content)
 
-    def markdown(self) -> str:
-        """Return the report in Markdown: environment, options and tables."""
-        facts = [f'- {key}: {value}' for key, value in self.environment.items() if key != 'cases']
-        if cases := self.environment.get('cases'):
-            facts.append(
-                '- cases (seconds each, load of the machine before): '
-                + '; '.join(f'{key} ({case["seconds"]}, {case["load"]})' for key, case in cases.items())
-            )
-        facts.append('- options: ' + ', '.join(f'{key}={value}' for key, value in self.config.items()))
-        return '\n'.join([f'# {self.name}', '', *facts, '', '\n\n'.join(table.markdown() for table in self.tables), ''])
+
+def write_report(path: Path, content: dict[str, Any]) -> Path:
+    """Write a report's JSON to ``path`` and its Markdown beside it, and return the path of the latter."""
+    written = json.dumps(content, indent=1, default=str)
+    write_whole(path, written + '\n')
+    readable = path.with_suffix('.md')
+    write_whole(readable, _markdown(json.loads(written)))
+    print(f'\nwritten to {readable} and {path.name}', flush=True)
+    return readable
+
+
+def _markdown(content: dict[str, Any]) -> str:
+    """Return a report in Markdown: environment, options and tables."""
+    facts = [f'- {key}: {value}' for key, value in content['environment'].items() if key != 'cases']
+    if cases := content['environment'].get('cases'):
+        facts.append(
+            '- cases (seconds each, load of the machine before): '
+            + '; '.join(f'{key} ({case["seconds"]}, {case["load"]})' for key, case in cases.items())
+        )
+    facts.append('- options: ' + ', '.join(f'{key}={value}' for key, value in content['config'].items()))
+    tables = '\n\n'.join(Table(**table).markdown() for table in content['tables'])
+    return '\n'.join([f'# {content["name"]}', '', *facts, '', tables, ''])
 
 
 class _Kept:

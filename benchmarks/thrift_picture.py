@@ -5,8 +5,6 @@ python -m benchmarks.thrift_picture
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,8 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from benchmarks.pareto import front
-from benchmarks.report import RESULTS
+from benchmarks.picture import write_picture
 from benchmarks.thrift_tables import GOAL_PASSES, GOAL_SHARE, NONE, SHARES, SHARES_COLUMNS, goal
-from composer_sam.files import write_whole
-from composer_sam.landscapes.pictures import png
 
 __all__ = ['PICTURE', 'draw', 'title']
 
@@ -122,14 +118,5 @@ def _label(axis: Axes, rows: Sequence[Row]) -> None:
             written.remove()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--report', type=Path, default=RESULTS / 'thrift.json')
-    parser.add_argument('--out', type=Path, default=PICTURE)
-    options = parser.parse_args()
-    write_whole(options.out, png(draw(json.loads(options.report.read_text())), dpi=130))
-    print(f'written to {options.out}')
-
-
 if __name__ == '__main__':
-    main()
+    write_picture(__doc__, 'thrift', draw, PICTURE)

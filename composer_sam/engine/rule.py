@@ -124,6 +124,11 @@ class Method(ABC):
     interval: int
 
     @property
+    def remembers(self) -> bool:
+        """Whether the method holds anything between steps."""
+        return bool(self.held_copies or self.held_numbers)
+
+    @property
     def backwards_create_graph(self) -> bool:
         return False
 

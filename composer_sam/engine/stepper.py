@@ -236,8 +236,7 @@ class Stepper:
 
     def _check_memory(self, step: Step, moment: Moment) -> None:
         """Say once that a resumed run has lost what the method remembers."""
-        remembers = self.method.held_copies or self.method.held_numbers
-        if not remembers or not self._began or self.steps_perturbed:
+        if not self.method.remembers or not self._began or self.steps_perturbed:
             return
         if step.memory or any(step.numbers.values()):
             return

@@ -240,11 +240,9 @@ class Transaction:
         if not graph:
             values = [value.detach() if value.requires_grad else value for value in values]
         if not self.layout.plain:
-            values = [
-                real(placed_like(self.layout.parameters[place], v)) for v, place in zip(values, where, strict=True)
-            ]
+            values = [real(placed_like(parameters[place], v)) for v, place in zip(values, where, strict=True)]
         if several_processes():
-            values = [own_memory(v, self.layout.parameters[place]) for v, place in zip(values, where, strict=True)]
+            values = [own_memory(v, parameters[place]) for v, place in zip(values, where, strict=True)]
         self._check_memory(values, where)
         return self._signed(Vector(values, where, self.layout))
 

@@ -63,7 +63,7 @@ class TwoCalls:
         if self._watch is not None:
             self._watch.take()
             self._watch.armed = False
-            self._watch.of_parts(None)
+            self._watch.leave_parts()
         try:
             yield
         finally:
@@ -97,8 +97,8 @@ class TwoCalls:
                 controls = optimizer.controls()
                 streams = RandomStreams({parameter.device for parameter, _ in gradients})
                 self._late = streams, streams.read()
-                if self._watch is not None:
-                    self._watch.of_parts(optimizer.model)
+                if self._watch is not None and optimizer.model is not None:
+                    self._watch.see_parts(optimizer.model)
             passes = self._passes = optimizer.run(controls=controls)
             plain = next(passes) is PLAIN
             _put(gradients)  # beginning a step drops the gradients from before it
@@ -199,13 +199,16 @@ class _Watch:
     def attach(self, model: nn.Module) -> None:
         """Watch a model."""
         model.register_forward_pre_hook(self)
-        self.of_parts(model)
+        self.see_parts(model)
 
-    def of_parts(self, model: nn.Module | None) -> None:
-        """Watch the parts of a model; None: of none."""
-        for handle in self._parts:
-            handle.remove()
-        self._parts = [] if model is None else [m.register_forward_pre_hook(self) for m in _parts(model)]
+    def see_parts(self, model: nn.Module) -> None:
+        """Watch the parts of a model, if they are not watched yet."""
+        self._parts = self._parts or [part.register_forward_pre_hook(self) for part in _parts(model)]
+
+    def leave_parts(self) -> None:
+        """Watch the parts no longer."""
+        while self._parts:
+            self._parts.pop().remove()
 
     def __call__(self, module: nn.Module, *_: Any) -> None:
         if torch.compiler.is_compiling():  # this module is part of a graph, which has no place for the streams
@@ -215,7 +218,7 @@ class _Watch:
             self._noted = optimizer.controls()
             self.armed = False
             if module is optimizer.model:
-                self.of_parts(None)
+                self.leave_parts()
 
     def take(self) -> Sequence[Control]:
         noted, self._noted = self._noted, ()

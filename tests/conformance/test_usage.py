@@ -214,9 +214,7 @@ def test_a_step_without_a_trainer_leaves_nothing_behind_of_its_losses() -> None:
     assert snapshot(model, optimizer)['steps'] == 1
 
 
-@pytest.mark.parametrize(
-    'name', [name for name, method in registry.items() if method.held_copies or method.held_numbers]
-)
+@pytest.mark.parametrize('name', [name for name in registry if made(name).remembers])
 def test_a_resumed_run_that_has_lost_what_the_method_remembers_says_so_once(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -42,7 +42,7 @@ def test_shards_of_a_run_without_the_method_are_loaded_with_it_and_the_other_way
 
 
 @two_ranks
-@pytest.mark.parametrize('name', mostly_slow([n for n in METHODS if made(n).held_copies or made(n).held_numbers]))
+@pytest.mark.parametrize('name', mostly_slow([n for n in METHODS if made(n).remembers]))
 def test_shards_of_a_loop_of_ones_own_are_loaded_with_what_the_method_remembers(name: str) -> None:
     data = batches(dist.get_rank(), 6)
 

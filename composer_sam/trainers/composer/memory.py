@@ -27,7 +27,7 @@ class _FSDP2Config(FSDP2Config):
 def expect_memory(method: Method, state: State) -> None:
     """Let the trainer load the method's memory from checkpoints of FSDP; a planner of the user's own is kept."""
     config: Any = state.fsdp_config
-    if config is None or not method.held_copies + len(method.held_numbers):
+    if config is None or not method.remembers:
         return
     if config.state_dict_type == 'full':
         _expect_numbers(method, state)
