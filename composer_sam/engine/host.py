@@ -58,7 +58,7 @@ class Alone:
     steps_by_itself = False
 
     def check(self, method: Method) -> None:
-        method.check_alone()
+        method.check_host(('ba',))
 
     def moment(self, steps_taken: int) -> Moment:
         return Moment(steps_taken)

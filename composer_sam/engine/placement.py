@@ -77,6 +77,7 @@ class Placement:
         self._strides: list[tuple[int, ...]] = []
         self._exchanged: list[tuple[Tensor, Tensor]] = []
         self._saved: list[tuple[Tensor, Tensor]] = []
+        self._moved: list[Tensor] = []  # what the parameters are while a pass is paused
 
     def place(self, offset: Vector) -> None:
         """Put the weights at w + offset. If the offset is donated, its memory is overwritten."""
@@ -133,6 +134,7 @@ class Placement:
 
     def restore(self) -> None:
         """Put the weights back to w; do nothing if they are there already, so it may be called twice."""
+        self._moved = []
         if not self._exchanged and not self._saved:
             return
         torch.clear_autocast_cache()
@@ -145,6 +147,31 @@ class Placement:
                 multi_tensor.copy_(self._written([p for p, _ in self._saved]), [copy for _, copy in self._saved])
             # The next pass saves again: between passes the method may use the memory.
             self._saved = []
+
+    @torch.no_grad()
+    def pause(self) -> None:
+        """Put the weights at w until :meth:`resume`; do nothing if they are there. It takes the memory of a copy."""
+        if self._moved or not (self._exchanged or self._saved):
+            return
+        torch.clear_autocast_cache()
+        self._moved = [parameter.data for parameter, _ in self._exchanged]
+        self._moved += [parameter.detach().clone() for parameter, _ in self._saved]
+        for parameter, original in self._exchanged:
+            parameter.data = original
+        for parameter, copy in self._saved:
+            real(parameter).copy_(copy)
+
+    @torch.no_grad()
+    def resume(self) -> None:
+        """Put the weights back where :meth:`pause` found them; do nothing without it."""
+        moved, self._moved = self._moved, []
+        if not moved:
+            return
+        torch.clear_autocast_cache()
+        for (parameter, _), place in zip(self._exchanged, moved, strict=False):
+            parameter.data = place
+        for (parameter, _), place in zip(self._saved, moved[len(self._exchanged) :], strict=True):
+            parameter.copy_(place)
 
     def _written(self, parameters: list[Tensor]) -> list[Tensor]:
         """Return the tensors to write to for parameters."""

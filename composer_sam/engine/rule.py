@@ -170,8 +170,12 @@ class Method(ABC):
         """Raise ValueError if the method cannot be used with the base optimizer."""
 
     @abstractmethod
-    def check_alone(self) -> None:
-        """Raise ValueError if the method needs what only a trainer knows, such as the part of the run that is over."""
+    def check_host(self, units: Sequence[str]) -> None:
+        """Raise ValueError if the method needs what this host does not know.
+
+        Args:
+            units: those the host measures time in: ``'ba'`` (steps), ``'ep'`` (epochs), ``'dur'`` (part of the run).
+        """
 
     @abstractmethod
     def check_run(self, run: str, unit: float | None, part: Callable[[float, str], float | None]) -> None:

@@ -119,7 +119,10 @@ class Stepper:
         if not through_method and not self._nonfinite.skips:
             with self._unscaled():
                 yield PLAIN
-            self._finish_plain(moment)
+            if self._overflowed():
+                self.skip()
+            else:
+                self.take(None, self.plain_record(moment))
             return
         if perturbs:
             self._check_model_given()
@@ -135,11 +138,12 @@ class Stepper:
             with transaction:
                 self._transaction = transaction
                 transaction.guard(controls or self.controls(closure, layout))
-                yield from self._perturbed(transaction, closure, perturbs)
+                yield from self._perturbed(transaction, closure)
+                if not self.skipped:
+                    losses = tuple(self._losses)
+                    self.take(transaction, StepRecord(moment, rule if perturbs else None, losses, step.gradient_norm))
         finally:
             self._transaction = None
-        if not self.skipped:
-            self._tell(StepRecord(moment, rule if perturbs else None, tuple(self._losses), step.gradient_norm))
 
     def note(self, loss: Any, index: int) -> None:
         """Note the loss of a pass.
@@ -153,6 +157,27 @@ class Stepper:
         value = loss.detach() if isinstance(loss, Tensor) else loss  # its graph would outlive the step
         self._losses.append(value)
         self._nonfinite.see(value, index)
+
+    def take(self, transaction: Transaction | None, record: StepRecord) -> None:
+        """Take the step: let the base optimizer step with what is in ``.grad``, and commit the transaction.
+
+        Args:
+            transaction: the step's; None for a step of the base optimizer alone.
+            record: what the step did.
+        """
+        # A step is before or after: what belongs to the base optimizer's step is carried through with it.
+        with InterruptsHeld():
+            self.base_optimizer.step()
+            if transaction is not None:
+                transaction.commit(self.base_optimizer.param_groups)
+            self._count_step(record.rule is not None)
+        self.host.stepped(self.method, record)
+        if record.rule is not None and self._stalled.looks and record.losses and is_known(record.losses[0]):
+            self._stalled.see(float(record.losses[0]))
+
+    def plain_record(self, moment: Moment) -> StepRecord:
+        """Return the record of a step of the base optimizer alone."""
+        return StepRecord(moment, None, tuple(self._losses), None)
 
     def skip(self) -> None:
         """End the current step without an update."""
@@ -176,10 +201,8 @@ class Stepper:
         """Raise ValueError if the parameters that a rule names are not there."""
         Step(Layout(self.trainable()), None, self.model, 0, rule.parameters, rule.multipliers)
 
-    def _perturbed(
-        self, transaction: Transaction, closure: Closure | None, perturbs: bool
-    ) -> Generator[Pass, None, None]:
-        """Yield the passes of a step through a rule, and take the step, or skip it where its numbers are not finite."""
+    def _perturbed(self, transaction: Transaction, closure: Closure | None) -> Generator[Pass, None, None]:
+        """Yield the passes of a step through a rule and find the direction, or skip it where numbers are not finite."""
         for request in transaction.passes():
             with self._unscaled(), self._unsynchronised(request, closure):
                 yield request
@@ -193,27 +216,6 @@ class Stepper:
             return
         self.host.passes_done()
         self.host.direction_found()
-        # A step is before or after: what belongs to the base optimizer's step is carried through with it.
-        with InterruptsHeld():
-            self.base_optimizer.step()
-            transaction.commit(self.base_optimizer.param_groups)
-            self._count_step(perturbs)
-
-    def _finish_plain(self, moment: Moment) -> None:
-        """Let the base optimizer take its own step."""
-        if self._overflowed():
-            self.skip()
-            return
-        with InterruptsHeld():
-            self.base_optimizer.step()
-            self._count_step(perturbed=False)
-        self._tell(StepRecord(moment, None, tuple(self._losses), None))
-
-    def _tell(self, record: StepRecord) -> None:
-        """Report the step that was taken to the host, and give a hint where the losses do not move."""
-        self.host.stepped(self.method, record)
-        if record.rule is not None and self._stalled.looks and record.losses and is_known(record.losses[0]):
-            self._stalled.see(float(record.losses[0]))
 
     def _count_step(self, perturbed: bool) -> None:
         self.steps_taken += 1

@@ -47,6 +47,7 @@ class Transaction:
         index (int): number of the current pass, from 0; -1 before the first.
         open (bool): whether the step is under way: entered, and neither committed, skipped nor rolled back.
         observer: called with the plain gradient and the direction, once both are known.
+        placement: what moves the weights.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Transaction:
         self.observer: Observer | None = None
         self.layout = step.layout
         self._step = step
-        self._placement = placement or Placement(step.layout)
+        self.placement = placement or Placement(step.layout)
         self._maximised = maximised
         self._controls: Sequence[Control] = ()
         self._rule = rule.direction(step)
@@ -97,6 +98,10 @@ class Transaction:
         for parameter, value in self._entries(self._signed(self._found().gradients)):
             parameter.grad = value
 
+    def hold(self) -> None:
+        """Let :meth:`commit` come later, when the direction is in ``.grad``: leaving the context undoes nothing."""
+        self.open = False
+
     def commit(self, groups: list[dict[str, Any]]) -> None:
         """End the step, right after the base optimizer's: apply what is decoupled, and keep what was staged.
 
@@ -125,7 +130,7 @@ class Transaction:
             discard: put the buffers back too, so that statistics do not include the batch; False keeps the buffers of
                 the first pass, as an ordinary step does if its scaled gradient overflows.
         """
-        self._placement.restore()
+        self.placement.restore()
         self._drop_gradients()
         if self.index == 0:  # the first pass is over, though its gradient was not taken
             for control in self._controls:
@@ -138,7 +143,7 @@ class Transaction:
         try:
             to_rest(self._step.model)
         finally:
-            self._placement.restore()
+            self.placement.restore()
             self._drop_gradients()
             for control in self._controls:
                 control.rollback()
@@ -185,7 +190,7 @@ class Transaction:
     @torch.no_grad()
     def _next(self) -> Pass | None:
         """Begin the rule's next pass and return it; None if the rule has returned its direction."""
-        self._placement.restore()
+        self.placement.restore()
         gradient, self._gradient = self._gradient, None
         try:
             asked = next(self._rule) if gradient is None else self._rule.send(gradient)
@@ -203,7 +208,7 @@ class Transaction:
         if asked.graph:
             self._check_twice_differentiable()
         if asked.at is not None:
-            self._placement.place(asked.at)
+            self.placement.place(asked.at)
         sync = asked.sync or must_synchronise(self._step.model)
         if asked.at is None and asked.sync == sync and asked.counts == counts:
             return asked

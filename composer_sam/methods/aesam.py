@@ -79,9 +79,9 @@ class AESAM(SharpnessAware):
         if self.total_steps is not None:
             check_count('total_steps', self.total_steps)
 
-    def check_alone(self) -> None:
-        super().check_alone()
-        if self.total_steps is None:
+    def check_host(self, units: Sequence[str]) -> None:
+        super().check_host(units)
+        if 'dur' not in units and self.total_steps is None:
             raise ValueError('AESAM follows the length of the run: without a Trainer, give it as total_steps')
 
     def resolved(self, moment: Moment, groups: Sequence[tuple[dict[str, Any], int]]) -> SharpnessAware:

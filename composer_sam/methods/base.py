@@ -175,9 +175,9 @@ class SharpnessAware(Method, ComposerAlgorithm):
     def check_base(self, base_optimizer: Optimizer) -> None:
         del base_optimizer  # most methods can be used with any
 
-    def check_alone(self) -> None:
+    def check_host(self, units: Sequence[str]) -> None:
         check_schedules_alone(self.schedules or {})
-        self.window.check_alone()
+        self.window.check_units(units)
 
     def check_run(self, run: str, unit: float | None, part: Callable[[float, str], float | None]) -> None:
         self.window.check_run(type(self).__name__, run, unit, part)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -31,6 +31,7 @@ Schedules = Mapping[str, Schedule]
 _TIME = re.compile(r'(?P<value>.+?)(?P<unit>iter|ep|ba|sp|tok|dur|sec)', re.IGNORECASE)
 _CLOCK = re.compile(r'(\d+[hms])+')  # '1h30m', which Composer reads as seconds
 _FACTOR = Range(ge=0)
+_EXAMPLES = {'ba': '500ba', 'ep': '10ep', 'dur': '0.8dur'}
 _ROUNDING = 1e-6  # in steps: parts of a run are quotients of floats
 
 
@@ -122,13 +123,14 @@ class Window:
         pairs = (('start', self.start), ('end', self.end))
         return tuple((name, time) for name, time in pairs if time is not None)
 
-    def check_alone(self) -> None:
-        """Raise ValueError for a bound in a unit that only a trainer can measure."""
+    def check_units(self, units: Sequence[str]) -> None:
+        """Raise ValueError for a bound in a unit that the host cannot measure."""
         for name, time in self.bounds:
-            if time.unit != 'ba':
+            if time.unit not in units:
+                examples = ' or '.join(repr(_EXAMPLES[unit]) for unit in units)
                 raise ValueError(
-                    f'{name}={time.text!r} needs a Trainer to measure it: '
-                    f"without one, give {name} in steps, for example '500ba'"
+                    f'{name}={time.text!r} needs a Composer Trainer to measure it: '
+                    f'without one, give {name} as for example {examples}'
                 )
 
     def check_run(self, method: str, run: str, unit: float | None, part: Callable[[float, str], float | None]) -> None:
@@ -216,7 +218,7 @@ def check_schedules_alone(schedules: Schedules) -> None:
         kind: type = type(schedule)
         if any(base.__qualname__ == 'ComposerScheduler' for base in kind.__mro__):
             raise ValueError(
-                f'schedules[{name!r}] is a Composer scheduler, which needs a Trainer: '
+                f'schedules[{name!r}] is a Composer scheduler, which needs a Composer Trainer: '
                 'without one, give a callable of the timestamp'
             )
 

@@ -305,7 +305,7 @@ def test_wrapping_twice_and_wrong_types_are_errors() -> None:
         SharpnessAwareOptimizer(cast(Any, model), SAM())
     with pytest.raises(TypeError, match="one of composer_sam's methods"):
         SharpnessAwareOptimizer(base, cast(Any, 0.05))
-    with pytest.raises(ValueError, match=r"start='0.5dur' needs a Trainer .* '500ba'"):
+    with pytest.raises(ValueError, match=r"start='0.5dur' needs a Composer Trainer .* '500ba'"):
         SharpnessAwareOptimizer(base, SAM(start='0.5dur'))
 
 

@@ -349,7 +349,7 @@ def test_a_schedule_out_of_range_fails_with_the_weights_as_they_were() -> None:
         ValueError, match=r"the factor of schedules\['rho'\] at step 0 must be a finite number >= 0, got -1"
     ):
         SharpnessAwareOptimizer(BASES['SGD'](model.parameters()), SAM(schedules={'rho': lambda time: -1.0}), model)
-    with pytest.raises(ValueError, match='is a Composer scheduler, which needs a Trainer'):
+    with pytest.raises(ValueError, match='is a Composer scheduler, which needs a Composer Trainer'):
         SharpnessAwareOptimizer(
             BASES['SGD'](model.parameters()), SAM(schedules={'rho': CosineAnnealingScheduler()}), model
         )

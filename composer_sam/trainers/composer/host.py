@@ -19,6 +19,7 @@ from composer_sam.engine.record import StepRecord
 from composer_sam.engine.rule import Method
 from composer_sam.trainers.composer.closure import ComposerClosure
 from composer_sam.trainers.composer.records import RecordsControl
+from composer_sam.trainers.host import logged
 
 __all__ = ['ComposerHost', 'ComposerMoment']
 
@@ -91,16 +92,7 @@ class ComposerHost:
         """Log what the step did, under the method's name; a step of the base optimizer logs its phase only."""
         if not self._logger.destinations:
             return
-        phase = (record.moment.batch + 1) % method.interval
-        found: dict[str, float] = {'perturbed': float(record.rule is not None), 'interval_phase': phase}
-        if record.rule is not None:
-            found |= method.logged(record.rule)
-            if record.gradient_norm is not None:
-                found['gradient_norm'] = record.gradient_norm.item()
-            if len(record.losses) > 1:
-                found['perturbed_loss'] = float(record.losses[-1])
-        name = type(method).__name__.lower()
-        self._logger.log_metrics({f'{name}/{key}': value for key, value in found.items()})
+        self._logger.log_metrics(logged(method, record))
 
     def passes_done(self) -> None:
         """Report the memory once for all passes, if the trainer has a MemoryMonitor."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from types import CellType
 from typing import Any
 
@@ -11,6 +10,8 @@ from composer.callbacks import MemoryMonitor
 from composer.core import State
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from composer_sam.trainers.batches import copied_leaf
 
 __all__ = ['RecordsControl']
 
@@ -39,7 +40,7 @@ class RecordsControl:
         self._cell = microbatches
         self._microbatches = microbatches.cell_contents
         self._leaves, self._structure = tree_flatten(self._microbatches)
-        self._pristine = [_clone(leaf) for leaf in self._leaves]
+        self._pristine = [copied_leaf(leaf) for leaf in self._leaves]
         self._records: dict[str, Any] = {}
         self._counted = False
         self._algorithms = list(state.algorithms)
@@ -59,7 +60,7 @@ class RecordsControl:
     def rewind(self) -> None:
         if self._metrics is not None:
             self._state.train_metrics = {} if self._counted else self._metrics
-        self._cell.cell_contents = tree_unflatten([_clone(leaf) for leaf in self._pristine], self._structure)
+        self._cell.cell_contents = tree_unflatten([copied_leaf(leaf) for leaf in self._pristine], self._structure)
 
     def settle(self) -> None:
         self._state.algorithms = self._algorithms
@@ -80,11 +81,6 @@ class RecordsControl:
         for leaf, pristine in zip(self._leaves, self._pristine, strict=True):
             if isinstance(leaf, Tensor):
                 leaf.detach().copy_(pristine)
-
-
-def _clone(item: Any) -> Any:
-    # A deep copy would copy the whole storage that a tensor is a slice of.
-    return item.detach().clone() if isinstance(item, Tensor) else copy.deepcopy(item)
 
 
 def _detached(item: Any) -> Any:
