@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         VaSSO,
         registry,
     )
+    from composer_sam.trainers.any_loop import LoopOptimizer
     from composer_sam.trainers.composer import GradientGeometryMonitor, SharpnessMonitor
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     'FunctionalSAM',
     'GradientGeometryMonitor',
     'LookSAM',
+    'LoopOptimizer',
     'RandomSAM',
     'SAMDirection',
     'SAMMagnitude',
@@ -66,6 +68,7 @@ __all__ = [
 
 _ELSEWHERE = {
     'SharpnessAwareOptimizer': 'composer_sam.engine.optimizer',
+    'LoopOptimizer': 'composer_sam.trainers.any_loop',
     'GradientGeometryMonitor': 'composer_sam.trainers.composer',  # these two need Composer
     'SharpnessMonitor': 'composer_sam.trainers.composer',
 }

@@ -18,6 +18,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from composer_sam.engine.collecting import collecting
 from composer_sam.engine.streams import streams_of
 from composer_sam.engine.wrappers import broadcast_buffers, replicas
 from composer_sam.vectors import multi_tensor
@@ -97,7 +98,8 @@ class RandomControl:
         self.settle()
 
     def rollback(self) -> None:
-        self._streams.write(self._before)
+        if not collecting():
+            self._streams.write(self._before)
 
     def _check_alone(self, drawn: list[int]) -> None:
         """Say it if a stream is not where each pass leaves it that draws the same numbers as the first."""

@@ -8,7 +8,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from composer_sam.engine.scaling import refuse_unscaling
 from composer_sam.engine.stepper import Stepper
 from composer_sam.engine.two_calls import TwoCalls
 from composer_sam.vectors.layout import is_first_rank
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ['SharpnessAwareOptimizer']
 
@@ -90,7 +93,7 @@ class SharpnessAwareOptimizer(Stepper, Optimizer):
     # Composer reads this before it passes a closure at amp_fp16
     _step_supports_amp_closure = True
 
-    def __new__(cls, base_optimizer: Optimizer, *args: Any, **kwargs: Any) -> SharpnessAwareOptimizer:
+    def __new__(cls, base_optimizer: Optimizer, *args: Any, **kwargs: Any) -> Self:
         del args, kwargs
         return object.__new__(_named_like(cls, type(base_optimizer)))
 
@@ -294,7 +297,7 @@ class SharpnessAwareOptimizer(Stepper, Optimizer):
 
 
 @functools.cache
-def _named_like(wrapper: type[SharpnessAwareOptimizer], base: type[Optimizer]) -> type[SharpnessAwareOptimizer]:
+def _named_like(wrapper: type[SharpnessAwareOptimizer], base: type[Optimizer]) -> type[Any]:
     """Return a subclass of the wrapper's class with the base optimizer's name.
 
     Composer stores an optimizer's state under its class's ``__qualname__`` and drops state under another name. Because

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -52,35 +53,36 @@ class SplitOptimizer(SharpnessAwareOptimizer):
         Args:
             evaluate: evaluates the passes before that one, which see a part of the batch (``ascent_fraction``).
         """
-        self.give_up()  # a step that ended without step(): the trainer's scaler skipped it, or its loop was left
-        self._passes, self._index, self._begun = self.run(), 0, True
-        try:
-            request = next(self._passes)
+        with self._undone_by_errors():
+            request = self._first()
             while request is not None and not request.counts:
-                request = self._advance(evaluate(request))
-        except BaseException:
-            self.abandon_step()
-            raise
+                request = self._after(evaluate(request))
         return PLAIN if request is None else request
 
     def finish_passes(self, loss: Any, evaluate: Evaluate) -> None:
         """Evaluate the other passes, after the last backward of the trainer's own.
 
         Args:
-            loss: that of the trainer's own pass, over all micro-batches; None if it had no backward.
+            loss: that of the trainer's own pass, over all micro-batches.
             evaluate: evaluates a pass over all micro-batches.
         """
-        try:
-            if self._passes is not None and self._transaction is None:
-                self._finish_plain(loss)
-                return
-            request = None if self._passes is None else self._advance(loss)
+        with self._undone_by_errors():
+            request = None if self._passes is None else self._after(loss)
             while request is not None:
-                request = self._advance(evaluate(request))
+                request = self._after(evaluate(request))
             self._rescale()
-        except BaseException:
-            self.abandon_step()
-            raise
+
+    def requests(self) -> Generator[Pass]:
+        """Yield all passes of a step in a loop that evaluates them, and leave the direction in ``.grad``.
+
+        Leaving the loop early, or an exception inside it, undoes the step.
+        """
+        with self._undone_by_errors():
+            request = self._first()
+            while request is not None:
+                yield request
+                request = self._advance()
+            self._rescale()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore
         """Let the base optimizer step with the direction; do nothing if the step was skipped.
@@ -138,32 +140,52 @@ class SplitOptimizer(SharpnessAwareOptimizer):
 
     # Private parts.
 
-    def _advance(self, loss: Any) -> Pass | None:
-        """End a pass and return the next one; None if the direction is found, or the step is skipped."""
+    def _first(self) -> Pass | None:
+        """Begin a step and return its first pass."""
+        self.give_up()  # a step that ended without step(): the trainer's scaler skipped it, or its loop was left
+        self._passes, self._index, self._begun = self.run(), 0, True
+        return next(self._passes, None)
+
+    def _after(self, loss: Any) -> Pass | None:
+        """End a pass of this loss and return the next one; without a loss, skip the step."""
         if loss is None:
             self.skip()
-        else:
-            self.note(loss, self._index)
-            self._index += 1
-            request = next(self._passes, None)
-            if request is not None:
-                return request
-        self._passes.close()
-        self._passes = None
-        return None
+            self._end_passes()
+            return None
+        self.note(loss, self._index)
+        return self._advance()
 
-    def _finish_plain(self, loss: Any) -> None:
-        """Leave the gradient as it is: the trainer's own scaler unscales it."""
+    def _advance(self) -> Pass | None:
+        """End a pass and return the next one; None if the direction is found, or the step is skipped."""
+        self._index += 1
+        if self._transaction is None:
+            # The gradient stays as it is: the trainer's own scaler unscales it.
+            self._end_passes()
+            self.take(None, self.plain_record(self.moment()))
+            return None
+        request = next(self._passes, None)
+        if request is None:
+            self._end_passes()
+        return request
+
+    def _end_passes(self) -> None:
         passes, self._passes = self._passes, None
         passes.close()
-        if loss is not None:
-            self.note(loss, 0)
-            self.take(None, self.plain_record(self.moment()))
+
+    @contextlib.contextmanager
+    def _undone_by_errors(self) -> Generator[None]:
+        try:
+            yield
+        except BaseException:
+            self.abandon_step()
+            raise
 
     def _rescale(self) -> None:
         """Leave what the trainer's scaler expects in ``.grad``: a scaled direction, or infinity after an overflow."""
         scaler = self.grad_scaler
         if scaler is None or not scaler.is_enabled():
+            return
+        if self._found is not None and self._found[0] is None:  # a step of the base optimizer: it was never unscaled
             return
         if self.skipped:
             for parameter in self.trainable():

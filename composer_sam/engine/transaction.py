@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
+from composer_sam.engine.collecting import collecting
 from composer_sam.engine.controls import Control, end_skipped
 from composer_sam.engine.interrupts import InterruptsHeld
 from composer_sam.engine.placement import Placement
@@ -147,7 +148,8 @@ class Transaction:
             self._drop_gradients()
             for control in self._controls:
                 control.rollback()
-            torch.set_grad_enabled(self._grad_enabled)  # an interrupt inside torch.no_grad can leave it off
+            if not collecting():
+                torch.set_grad_enabled(self._grad_enabled)  # an interrupt inside torch.no_grad can leave it off
             self._close()
 
     def __enter__(self) -> Transaction:

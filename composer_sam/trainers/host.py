@@ -86,18 +86,23 @@ class SplitHost:
     Args:
         moment: returns the time of the next step, given the number of steps taken.
         report: takes what to log of a step; None logs nothing.
+        units: those it measures time in.
     """
 
     steps_by_itself = True
 
     def __init__(
-        self, moment: Callable[[int], TrainerMoment], report: Callable[[Method, StepRecord], None] | None = None
+        self,
+        moment: Callable[[int], TrainerMoment],
+        report: Callable[[Method, StepRecord], None] | None = None,
+        units: Sequence[str] = ('ba', 'ep', 'dur'),
     ):
         self._moment = moment
         self._report = report
+        self._units = units
 
     def check(self, method: Method) -> None:
-        method.check_host(('ba', 'ep', 'dur'))
+        method.check_host(self._units)
 
     def moment(self, steps_taken: int) -> Moment:
         return self._moment(steps_taken)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -150,3 +151,34 @@ def test_a_copy_between_the_two_calls_has_no_step_to_finish(interval: int) -> No
     loss_of(model, DATA[0]).backward()
     optimizer.second_step()
     assert optimizer.steps_taken == 1
+
+
+@pytest.mark.parametrize('way', ['loop', 'two calls'])
+def test_a_step_that_the_garbage_collector_finds_open_leaves_the_random_streams_alone(way: str) -> None:
+    """Others draw from them by then, and torch may hold the very stream's lock."""
+    model, batch = network(), batches(1)[0]
+    optimizer = wrap(model, SAM(rho=0.1))
+    before = flat(model)
+    held: list[Any] = [optimizer]
+    if way == 'loop':
+        held.append(optimizer.passes())
+        next(held[1])
+        loss_of(model, batch).backward()
+        next(held[1])
+    else:
+        loss_of(model, batch).backward()
+        optimizer.first_step(zero_grad=True)
+    held.append(held)  # a cycle, which only the collector ends
+    assert not torch.equal(flat(model), before)
+    gc.disable()
+    try:
+        del held, optimizer
+        expected = torch.rand(5, generator=torch.Generator().manual_seed(3))
+        torch.manual_seed(3)
+        with torch.no_grad():
+            gc.collect()
+            assert not torch.is_grad_enabled()
+        assert torch.equal(torch.rand(5), expected)
+    finally:
+        gc.enable()
+    assert torch.equal(flat(model), before)
