@@ -24,8 +24,8 @@ test: $(VENV)/.installed
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -m ''
 
-# Methods, engine, vectors, diagnostics and distribution under another torch, in an environment of its own without
-# Composer: make test-torch TORCH=2.15.0 PYTHON=python3.13. PIP_INDEX_URL may name an index of CPU wheels.
+# Methods, engine, vectors, diagnostics, distribution and the other trainers under another torch, in an environment of its
+# own without Composer, so with the newest transformers too: make test-torch TORCH=2.15.0 PYTHON=python3.13. PIP_INDEX_URL may name an index of CPU wheels.
 TORCH ?= 2.15.0
 TORCH_VENV := .venv-torch-$(TORCH)
 
@@ -33,12 +33,12 @@ $(TORCH_VENV)/.installed: pyproject.toml
 	@echo 'making the environment in $(TORCH_VENV) (once, a few minutes) ...'
 	@test -x $(TORCH_VENV)/bin/python || $(PYTHON) -m venv $(TORCH_VENV)
 	$(TORCH_VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(TORCH_VENV)/bin/python -m pip install --quiet torch==$(TORCH) -e '.[diagnostics,test]'
+	$(TORCH_VENV)/bin/python -m pip install --quiet torch==$(TORCH) -e '.[diagnostics,hosts,test]'
 	@touch $@
 
 test-torch: $(TORCH_VENV)/.installed
 	$(TORCH_VENV)/bin/python -c 'import sys, torch; print("torch", torch.__version__, "Python", sys.version.split()[0])'
-	$(TORCH_VENV)/bin/python -m pytest tests/conformance tests/diagnostics tests/distributed tests/reference tests/unit
+	$(TORCH_VENV)/bin/python -m pytest tests/conformance tests/diagnostics tests/distributed tests/hosts tests/reference tests/unit
 
 gpu: $(VENV)/.installed
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \

@@ -1,0 +1,122 @@
+"""The callback, which attaches a method to a Trainer for the time of a fit."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from composer_sam.engine.rule import Method
+from composer_sam.engine.split_step import SplitOptimizer
+from composer_sam.trainers.lightning.checks import check, report
+from composer_sam.trainers.lightning.package import pl
+from composer_sam.trainers.lightning.passes import Passes
+
+__all__ = ['SharpnessAware']
+
+
+class SharpnessAware(pl.Callback):
+    r"""A callback that turns the steps of a Lightning Trainer into those of a method; the module stays as it is.
+
+    Lightning's own forward and backward are the first pass of a step: what ``training_step`` logs and returns, and the
+    metrics it updates, are from it, at w (with ``ascent_fraction`` and methods whose only pass is perturbed, at the
+    perturbed weights). After the last micro-batch the callback calls ``training_step`` and ``backward`` again for every
+    other pass, on the same batches, with the same random numbers and buffers; in these ``self.log`` does nothing. What
+    Lightning clips, what ``on_before_optimizer_step`` sees and what the optimizer steps with is the direction.
+    ``on_before_backward`` and ``on_after_backward`` are called in every pass.
+
+    ``interval``, ``start`` and ``end`` count by ``trainer.global_step`` and ``trainer.current_epoch``, so a run that is
+    resumed goes on in the same phase. What a method remembers is in the optimizer's state. A checkpoint loads with or
+    without the callback. If the Trainer has loggers, they get the radius and the losses of the passes under the
+    method's name (``sam/rho``) every ``log_every_n_steps`` steps.
+
+    The first pass is not averaged over ranks under DDP (m-sharpness), unless the method has ``sync_first_pass=True``;
+    under FSDP every pass is. Gradient accumulation is exact: every pass goes through all micro-batches of the step.
+    With ``precision='16-mixed'`` a step is skipped if any of its passes overflows.
+
+    With manual optimization the module calls the optimizer itself, so wrap it there instead:
+
+    .. code-block:: python
+
+        def configure_optimizers(self):
+            base = torch.optim.SGD(self.parameters(), lr=0.1)
+            return SharpnessAwareOptimizer(base, SAM(rho=0.05), self.trainer.model)
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+
+            def closure():
+                optimizer.zero_grad()
+                loss = self.loss(batch)
+                self.manual_backward(loss)
+                return loss
+
+            optimizer.step(closure)
+
+    Import the older package ``pytorch_lightning``, if you use it, before this module, and not both.
+
+    Args:
+        method: the rule, for example ``SAM(rho=0.05)``.
+
+    Attributes:
+        optimizer (SplitOptimizer | None): the wrapper around the module's optimizer, of the last fit; its counters are
+            ``steps_taken`` and ``steps_perturbed``. None before the first.
+
+    Cost:
+        The method's passes. A copy of every micro-batch of the step, so that what ``training_step`` changes in its
+        batch in place is not changed twice; none in steps that ``interval``, ``start`` or ``end`` exclude.
+
+    Raises:
+        TypeError: ``method`` is not one of composer_sam's methods.
+        ValueError: when the fit begins: manual optimization; no optimizer; an optimizer that is wrapped already;
+            DeepSpeed or XLA, which take the step themselves; ``training_step(self, dataloader_iter)``, whose batches
+            cannot be seen again; ``ascent_fraction`` with gradient accumulation, because Lightning loads micro-batches
+            one at a time and the first pass needs all of them before the loss is computed; a method that watches the
+            model's outputs under DDP or FSDP, whose output is the loss; and what
+            :class:`~composer_sam.SharpnessAwareOptimizer` raises.
+
+    Example:
+        >>> import torch, lightning.pytorch as pl
+        >>> from composer_sam import SAM
+        >>> from composer_sam.trainers.lightning import SharpnessAware
+        >>> class Model(pl.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = torch.nn.Linear(3, 1)
+        ...     def training_step(self, batch, batch_idx):
+        ...         return self.layer(batch).square().mean()
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.SGD(self.parameters(), lr=0.1)
+        >>> callback = SharpnessAware(SAM(rho=0.05))
+        >>> trainer = pl.Trainer(max_epochs=1, accelerator='cpu', barebones=True, callbacks=[callback])
+        >>> trainer.fit(Model(), torch.randn(4, 8, 3))   # four batches
+        >>> callback.optimizer.steps_perturbed
+        4
+    """
+
+    def __init__(self, method: Method):
+        if not isinstance(method, Method):
+            raise TypeError(f"method must be one of composer_sam's methods, for example SAM(rho=0.05), got {method!r}")
+        self.method = method
+        self.optimizer: SplitOptimizer | None = None
+        self._attached = contextlib.ExitStack()
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        check(self.method, trainer, pl_module)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        # Not before: the length of the run is known when the data is set up, after a checkpoint was loaded.
+        self._attached.close()
+        passes = Passes(self.method, trainer, pl_module)
+        self.optimizer = passes.optimizer
+        self._attached.enter_context(passes.attached())
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.optimizer is not None:
+            self.optimizer.give_up()  # the run may end in the middle of a window of gradient accumulation
+            report(self.optimizer)
+        self._attached.close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if self.optimizer is not None:
+            self.optimizer.abandon_step()
+        self._attached.close()
