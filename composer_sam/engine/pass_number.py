@@ -38,12 +38,25 @@ class PassNumber(int):
 
         Args:
             batch: a tensor whose first dimension is the samples', or tuples, lists and dictionaries of such.
+
+        Raises:
+            ValueError: there is no such tensor in it.
         """
         if self.fraction == 1:
             return batch
+        found = False
 
         def cut(leaf: Any) -> Any:
-            samples = isinstance(leaf, Tensor) and leaf.dim() > 0
-            return leaf[: part_size(self.fraction, len(leaf))] if samples else leaf
+            nonlocal found
+            if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+                return leaf
+            found = True
+            return leaf[: part_size(self.fraction, len(leaf))]
 
-        return tree_map(cut, batch)
+        part = tree_map(cut, batch)
+        if not found:
+            raise ValueError(
+                f'ascent_fraction={self.fraction} cannot cut a batch of type {type(batch).__name__}: it must be a '
+                'tensor, or a tuple, list or dictionary of tensors, whose first dimension is the samples'
+            )
+        return part

@@ -15,6 +15,7 @@ from composer_sam.engine.optimizer import SharpnessAwareOptimizer
 from composer_sam.engine.record import StepRecord
 from composer_sam.engine.rule import PLAIN, Pass
 from composer_sam.engine.transaction import Transaction
+from composer_sam.engine.wrappers import outside_of_no_sync, stay_unsynchronised
 
 __all__ = ['Evaluate', 'SplitOptimizer']
 
@@ -38,6 +39,7 @@ class SplitOptimizer(SharpnessAwareOptimizer):
     """
 
     _passes: Any = None
+    _request = PLAIN  # what the trainer evaluates itself
     _index = 0
     _begun = False
     _found: tuple[Transaction | None, StepRecord] | None = None
@@ -53,11 +55,12 @@ class SplitOptimizer(SharpnessAwareOptimizer):
         Args:
             evaluate: evaluates the passes before that one, which see a part of the batch (``ascent_fraction``).
         """
-        with self._undone_by_errors():
+        with self._undone_by_errors(), outside_of_no_sync(self.model):
             request = self._first()
             while request is not None and not request.counts:
                 request = self._after(evaluate(request))
-        return PLAIN if request is None else request
+        self._request = PLAIN if request is None else request
+        return self._request
 
     def finish_passes(self, loss: Any, evaluate: Evaluate) -> None:
         """Evaluate the other passes, after the last backward of the trainer's own.
@@ -116,9 +119,11 @@ class SplitOptimizer(SharpnessAwareOptimizer):
             self._transaction.placement.pause()
 
     def resume(self) -> None:
-        """Put the weights where the pass that is under way wants them; do nothing without :meth:`pause`."""
+        """Go on with the pass that is under way, before the forward of each micro-batch but the first."""
         if self._transaction is not None:
             self._transaction.placement.resume()
+        if not self._request.sync:
+            stay_unsynchronised(self.model)
 
     def give_up(self) -> None:
         """End a step that was begun without an update; weights are at w, and the batch has been seen."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -98,7 +98,9 @@ class Step:
         """Return what keeps the loss's gradient at the model's outputs in a pass that is given it."""
         if self.model is None:
             raise ValueError('the gradient at the outputs needs the model: pass model= to SharpnessAwareOptimizer')
-        return OutputGradients(self.model, name)
+        # DistributedDataParallel may return copies of its module's outputs: a loss made inside is not made of these.
+        ddp = replicas(self.model)
+        return OutputGradients(self.model if ddp is None else cast(nn.Module, ddp.module), name)  # pyright: ignore
 
     def offset(self, x: Vector, rho: Number, epsilon: Number, metric: Vector | None = None) -> Vector:
         """Return :func:`~composer_sam.vectors.to_radius` of :meth:`perturbed` of ``x``."""

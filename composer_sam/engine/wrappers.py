@@ -37,12 +37,14 @@ __all__ = [
     'is_fsdp',
     'layout_of',
     'must_synchronise',
+    'outside_of_no_sync',
     'own_memory',
     'placed_like',
     'refuse_reentrant_checkpoints',
     'replicas',
     'script_attributes',
     'sharded_like',
+    'stay_unsynchronised',
     'to_rest',
 ]
 
@@ -174,6 +176,31 @@ def broadcast_buffers(ddp: DistributedDataParallel) -> bool:
             return False
         ddp._sync_buffers()
     return True
+
+
+@contextlib.contextmanager
+def outside_of_no_sync(model: nn.Module | None) -> Generator[None]:
+    """Return the context in which an unsynchronised pass can begin that outlasts the loop's own ``no_sync``.
+
+    A loop opens one for every micro-batch but the last. A pass that began inside of it would put back what it found
+    there, and gradients would never be averaged again.
+    """
+    ddp = replicas(model)
+    if ddp is None or ddp.require_backward_grad_sync:
+        yield
+        return
+    ddp.require_backward_grad_sync = True
+    try:
+        yield
+    finally:
+        ddp.require_backward_grad_sync = False
+
+
+def stay_unsynchronised(model: nn.Module | None) -> None:
+    """Leave the next backward unsynchronised in a pass that is: the end of the loop's own ``no_sync`` has undone it."""
+    ddp = replicas(model)
+    if ddp is not None:
+        ddp.require_backward_grad_sync = False
 
 
 @contextlib.contextmanager

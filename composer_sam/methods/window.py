@@ -148,7 +148,7 @@ class Window:
         parts = {name: part(time.value, time.unit) for name, time in self.bounds}
         for name, time in self.bounds:
             if time.unit == 'dur' and parts[name] is None:
-                raise ValueError(f'{name}={time.text!r} needs max_duration')
+                raise ValueError(f'{name}={time.text!r} needs a run of known length (max_duration)')
         first, last = parts.get('start'), parts.get('end')
         if first is not None and last is not None and first >= last and self.start and self.end:
             raise ValueError(

@@ -61,6 +61,8 @@ class LoopOptimizer(SplitOptimizer):
         1
     """
 
+    evaluating = False  # whether the other passes are being evaluated
+
     def __init__(
         self,
         base_optimizer: Optimizer,
@@ -95,13 +97,17 @@ class LoopOptimizer(SplitOptimizer):
                 'other_passes() needs a forward of the model in training mode since the last step: give LoopOptimizer '
                 'the module that the loop calls'
             )
-        with self._undone_by_errors():
-            request = self._advance()
-            while request is not None:
-                self.base_optimizer.zero_grad()
-                again()
+        self.evaluating = True
+        try:
+            with self._undone_by_errors():
                 request = self._advance()
-            self._rescale()
+                while request is not None:
+                    self.base_optimizer.zero_grad()
+                    again()
+                    request = self._advance()
+                self._rescale()
+        finally:
+            self.evaluating = False
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Let the base optimizer step with the direction; do nothing if the step was skipped.
@@ -125,9 +131,13 @@ class _Beginning:
 
     def __call__(self, module: nn.Module, *_: Any) -> None:
         optimizer = None if self._optimizer is None else self._optimizer()
-        if optimizer is None or optimizer.under_way or not module.training or not torch.is_grad_enabled():
+        if optimizer is None or not module.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
-        if not torch.compiler.is_compiling():
+        if optimizer.evaluating:
+            return
+        if optimizer.under_way:
+            optimizer.resume()
+        else:
             optimizer.begin(_never)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

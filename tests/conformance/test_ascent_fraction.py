@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from typing import Any
 
 import pytest
@@ -137,3 +138,13 @@ def test_what_cannot_know_the_part_is_refused() -> None:
     with pytest.raises(ValueError, match='the two calls do not know which samples'):
         optimizer.first_step()
     assert same(before['optimizer'], snapshot(model, optimizer)['optimizer'])
+
+
+def test_a_batch_without_samples_to_cut_is_refused() -> None:
+    """Where nothing is cut, the pass would see the whole batch."""
+    number = PassNumber(0, 0.5)
+    assert number.part({'x': torch.zeros(4), 'scale': torch.tensor(1.0), 'name': 'a'})['x'].shape == (2,)
+    for batch in (UserDict(x=torch.zeros(4)), torch.tensor(1.0), 'text', []):
+        with pytest.raises(ValueError, match=f'cannot cut a batch of type {type(batch).__name__}'):
+            number.part(batch)
+    assert PassNumber(1).part('text') == 'text'

@@ -16,7 +16,7 @@ import torch.distributed as dist
 pytest.importorskip('lightning.pytorch', reason="lightning is not installed: pip install 'composer-sam[lightning]'")
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from problem import METHODS, SYNCHRONISED, Network, batches, bits, counted_reductions, flat
 from ranks import gathered, two_ranks
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class Module(pl.LightningModule):
 
     def __init__(self, net: nn.Module | None = None):
         super().__init__()
-        self.net = Network() if net is None else net
+        self.net: Any = Network() if net is None else net
         self.losses: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ def test_with_a_static_graph() -> None:
     data = batches(dist.get_rank(), 4)
     model = DistributedDataParallel(Network(), static_graph=True)
     by_passes(SAM(), data, model)
-    module, _, _ = fitted(SAM(), data, strategy=pl.strategies.DDPStrategy(static_graph=True))
+    module, _, _ = fitted(SAM(), data, strategy=DDPStrategy(static_graph=True))
     assert_ranks_equal(module)
     assert torch.equal(flat(module), flat(model))
 
@@ -329,7 +329,7 @@ class Sharded(InADictionary):
     """The whole weights as they are at the end of the fit."""
 
     def configure_model(self) -> None:
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+        if self.device_mesh is not None:  # ModelParallelStrategy makes one
             _fsdp2(self.net, self.device_mesh['data_parallel'])
 
     def on_train_end(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from composer.algorithms.sam import SAMOptimizer
@@ -11,14 +10,12 @@ from composer.loggers import Logger
 
 from composer_sam.engine.optimizer import SharpnessAwareOptimizer
 from composer_sam.engine.rule import Method
-from composer_sam.engine.wrappers import always_synchronises
 from composer_sam.trainers.composer.host import ComposerHost
 from composer_sam.trainers.composer.memory import expect_memory
 from composer_sam.trainers.composer.scaler import GradScaler
+from composer_sam.trainers.said import say_if_nothing_was_perturbed, say_if_ranks_cannot_differ
 
 __all__ = ['apply', 'register']
-
-log = logging.getLogger(__name__)
 
 
 def register(algorithm: type[Any]) -> None:
@@ -29,7 +26,9 @@ def register(algorithm: type[Any]) -> None:
 def apply(method: Method, event: Event, state: State, logger: Logger) -> None:
     """Do what a method does at an event of the Trainer."""
     if event == Event.FIT_END:
-        _report(method, state)
+        optimizer = state.optimizers[0]
+        if isinstance(optimizer, SharpnessAwareOptimizer):
+            say_if_nothing_was_perturbed(optimizer)
         return
     _install_scaler(method, state)
     if event == Event.BEFORE_LOAD:
@@ -52,12 +51,7 @@ def _swap(method: Method, state: State, logger: Logger) -> None:
         return
     if isinstance(optimizer, SAMOptimizer):
         raise ValueError(f'composer.algorithms.SAM has wrapped the optimizer already: use it or {name}, not both')
-    if always_synchronises(state.model) and not method.sync_first_pass and method.passes > 1:
-        log.warning(
-            'FSDP averages every gradient over the ranks, so all ranks of %s use the same perturbation: '
-            'sync_first_pass=False, one perturbation per rank (m-sharpness), has no effect',
-            name,
-        )
+    say_if_ranks_cannot_differ(method, state.model)
     state.optimizers = SharpnessAwareOptimizer(optimizer, method, state.model, host=ComposerHost(state, logger))
 
 
@@ -74,18 +68,6 @@ def _install_scaler(method: Method, state: State) -> None:
     if state.scaler is not None and state.scaler.is_enabled():
         scaler.load_state_dict(state.scaler.state_dict())
     state.scaler = scaler
-
-
-def _report(method: Method, state: State) -> None:
-    """Warn if training has ended without a perturbed step."""
-    optimizer = state.optimizers[0]
-    if isinstance(optimizer, SharpnessAwareOptimizer) and optimizer.steps_taken and not optimizer.steps_perturbed:
-        log.warning(
-            '%s perturbed none of the %d steps that were taken: they were plain steps of %s',
-            method,
-            optimizer.steps_taken,
-            type(optimizer.base_optimizer).__name__,
-        )
 
 
 def _part(state: State, value: float, unit: TimeUnit) -> float | None:

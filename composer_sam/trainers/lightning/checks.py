@@ -1,22 +1,14 @@
-"""What is refused before a run, and what is said of one."""
+"""What is refused before a run."""
 
 from __future__ import annotations
 
 import inspect
-import logging
 from typing import Any
 
-from torch import nn
-
 from composer_sam.engine.rule import Method
-from composer_sam.engine.split_step import SplitOptimizer
-from composer_sam.engine.wrappers import always_synchronises
 from composer_sam.trainers.lightning.package import pl
-from composer_sam.vectors.layout import is_first_rank
 
-__all__ = ['check', 'check_fraction', 'report', 'warn_of_shards']
-
-log = logging.getLogger(__name__)
+__all__ = ['check', 'check_fraction']
 
 _UNSUPPORTED = (pl.strategies.DeepSpeedStrategy, pl.strategies.XLAStrategy, pl.strategies.SingleDeviceXLAStrategy)
 
@@ -54,25 +46,4 @@ def check_fraction(method: Method, trainer: Any) -> None:
             f'{trainer.accumulate_grad_batches}: Lightning loads micro-batches one at a time, and the first pass needs '
             'a part of each before the loss is computed. Use larger batches instead of accumulating, or '
             'ascent_fraction=1'
-        )
-
-
-def warn_of_shards(method: Method, model: nn.Module) -> None:
-    """Say that perturbations cannot differ between ranks where the model is sharded."""
-    if always_synchronises(model) and not method.sync_first_pass and method.passes > 1 and is_first_rank():
-        log.warning(
-            'FSDP averages every gradient over the ranks, so all ranks of %s use the same perturbation: '
-            'sync_first_pass=False, one perturbation per rank (m-sharpness), has no effect',
-            type(method).__name__,
-        )
-
-
-def report(optimizer: SplitOptimizer) -> None:
-    """Warn if training has ended without a perturbed step."""
-    if optimizer.steps_taken and not optimizer.steps_perturbed and is_first_rank():
-        log.warning(
-            '%s perturbed none of the %d steps that were taken: they were plain steps of %s',
-            optimizer.method,
-            optimizer.steps_taken,
-            type(optimizer.base_optimizer).__name__,
         )

@@ -7,17 +7,16 @@ from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from composer_sam.engine.pass_number import PassNumber
 from composer_sam.engine.record import StepRecord
 from composer_sam.engine.rule import PLAIN, Method, Pass
 from composer_sam.engine.split_step import SplitOptimizer
-from composer_sam.engine.wrappers import replicas
 from composer_sam.trainers.batches import MicroBatches
 from composer_sam.trainers.host import Length, SplitHost, TrainerMoment, logged
-from composer_sam.trainers.lightning.checks import check_fraction, warn_of_shards
+from composer_sam.trainers.lightning.checks import check_fraction
 from composer_sam.trainers.lightning.package import Metric, pl
+from composer_sam.trainers.said import say_if_ranks_cannot_differ
 
 __all__ = ['Passes']
 
@@ -47,9 +46,8 @@ class Passes:
         self.optimizer = SplitOptimizer(
             self._base, method, self._model, scaler, host=SplitHost(self._moment, self._log)
         )
-        warn_of_shards(method, self._model)
+        say_if_ranks_cannot_differ(method, self._model)
         self._devices = frozenset(parameter.device for parameter in self.optimizer.trainable())
-        self._ddp = replicas(self._model)
         self._metrics = [part for part in self._model.modules() if isinstance(part, Metric)]
         # Lightning's own methods.
         self._forward: Callable[..., Any] = strategy.training_step
@@ -105,7 +103,7 @@ class Passes:
 
     def _optimizer_step(self, optimizer: Any, closure: Callable[[], Any], *args: Any, **options: Any) -> Any:
         if _only_updates_statistics(self._trainer):
-            return closure()
+            return closure()  # Lightning steps on an epoch's last batch, here with the gradient of the step before
 
         # Lightning evaluates micro-batches that only accumulate outside of the strategy's step, and the last one in it.
         def all_passes() -> Any:
@@ -123,13 +121,14 @@ class Passes:
 
     def _begin(self, args: tuple[Any, ...]) -> None:
         self._seen, self._losses, self._request = MicroBatches(self._devices), [], None
-        in_part = self.optimizer.method.ascent_fraction < 1
-        if in_part:
+
+        def evaluate_part(request: Pass) -> Tensor | None:
             check_fraction(self.optimizer.method, self._trainer)  # the number of micro-batches may follow the epoch
             self._seen.see(args)
-        with self._outside_of_no_sync():
-            request = self.optimizer.begin(self._evaluate)
-        if request is not PLAIN and not in_part:
+            return self._evaluate(request)
+
+        request = self.optimizer.begin(evaluate_part)
+        if request is not PLAIN and not len(self._seen):
             self._seen.see(args)
         if self.optimizer.pass_index >= 0:
             self._give_metrics_copies()
@@ -138,8 +137,6 @@ class Passes:
     def _go_on(self, args: tuple[Any, ...]) -> None:
         request = self._request
         self.optimizer.resume()
-        if self._ddp is not None and request is not None and not request.sync:
-            self._ddp.require_backward_grad_sync = False  # the end of the no_sync before has put it back
         if request is not PLAIN:
             self._seen.see(args)
 
@@ -164,7 +161,7 @@ class Passes:
         with self._unrecorded():
             for place, (batch, *others) in enumerate(self._seen.again(), start=1):
                 with contextlib.nullcontext() if place == len(self._seen) else no_sync():
-                    output = self._forward(_part(request, batch), *others)
+                    output = self._forward(PassNumber(0, request.fraction).part(batch), *others)
                     found: Any = output['loss'] if isinstance(output, Mapping) else output
                     if found is not None:
                         loss = found / self._trainer.accumulate_grad_batches
@@ -173,23 +170,6 @@ class Passes:
         return _total(losses)
 
     # What the passes of a step must not do twice, or to each other.
-
-    @contextlib.contextmanager
-    def _outside_of_no_sync(self) -> Generator[None]:
-        """Return the context in which an unsynchronised pass can begin that outlasts Lightning's ``no_sync``.
-
-        Lightning opens one for every micro-batch but the last. A pass that began inside of it would put back what it
-        found there, and gradients would never be averaged again.
-        """
-        ddp = self._ddp
-        if ddp is None or ddp.require_backward_grad_sync:
-            yield
-            return
-        ddp.require_backward_grad_sync = True
-        try:
-            yield
-        finally:
-            ddp.require_backward_grad_sync = False
 
     def _unrecorded(self) -> contextlib.AbstractContextManager[None]:
         """Return the context in which nothing is logged."""
@@ -265,18 +245,6 @@ def _only_updates_statistics(trainer: Any) -> bool:
     """Return whether this is the epoch that StochasticWeightAveraging adds for BatchNorm: it has no backward."""
     averaging = (one for one in trainer.callbacks if isinstance(one, pl.callbacks.StochasticWeightAveraging))
     return any(trainer.current_epoch > callback.swa_end for callback in averaging)
-
-
-def _part(request: Pass, batch: Any) -> Any:
-    """Return what a pass sees of a micro-batch."""
-    if request.fraction == 1:
-        return batch
-    if not any(isinstance(leaf, Tensor) and leaf.dim() > 0 for leaf in tree_leaves(batch)):
-        raise ValueError(
-            f'ascent_fraction={request.fraction} cannot cut a batch of type {type(batch).__name__}: it must be a '
-            'tensor, or a tuple, list or dictionary of tensors, whose first dimension is the samples'
-        )
-    return PassNumber(0, request.fraction).part(batch)
 
 
 def _total(losses: list[Tensor]) -> Tensor | None:
