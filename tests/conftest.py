@@ -34,12 +34,14 @@ NEED_COMPOSER = [
     'unit/test_docs.py',
     'unit/test_doctests.py',
     'unit/test_landscape_captions.py',
+    'unit/test_language_models.py',
     'unit/test_listings.py',
     'unit/test_readme.py',
     'unit/test_recipe_layers.py',
     'unit/test_recipe_schema.py',
     'unit/test_reports.py',
     'unit/test_study_picture.py',
+    'unit/test_text.py',
     'unit/test_thrift.py',
 ]
 collect_ignore_glob = [] if importlib.util.find_spec('composer') else NEED_COMPOSER

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from composer import Trainer
 from composer.core import Callback, Evaluator
 from composer.devices import DeviceGPU
+from composer.models import ComposerModel
 from composer.utils import dist, get_device, reproducibility
 from torch.utils.data import DataLoader
 
@@ -17,8 +17,7 @@ from composer_sam.recipes.components import build_components, build_optimizer, b
 from composer_sam.recipes.data import Data, build_data
 from composer_sam.recipes.divergence import Divergence
 from composer_sam.recipes.early_stopping import TEST, VALIDATION, EarlyStopping
-from composer_sam.recipes.models import build_model
-from composer_sam.recipes.own import check_scores
+from composer_sam.recipes.networks import build_network
 from composer_sam.recipes.save_folder import folder_of, make_folder, save_config
 from composer_sam.recipes.schema import Recipe
 
@@ -45,9 +44,7 @@ def build_trainer(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Trainer
         dist.initialize_dist(device, recipe.trainer.get('dist_timeout', 300.0))
     data = build_data(recipe.data, recipe.seed, isinstance(device, DeviceGPU), recipe.early_stopping)
     reproducibility.seed_all(recipe.seed)
-    model = build_model(recipe.model, data.image_shape, data.num_classes)
-    samples: Any = data.test.dataset
-    check_scores(recipe.model, model.module, samples.__getitems__([0, len(samples) - 1])[0], data.num_classes)
+    model = build_network(recipe.model, data)
     components = build_components(recipe)
     stopping = [EarlyStopping()] if recipe.early_stopping else []
     folder = folder_of(recipe)
@@ -57,7 +54,7 @@ def build_trainer(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Trainer
         recipe,
         model=model,
         train_dataloader=data.train,
-        eval_dataloader=_evaluations(data),
+        eval_dataloader=_evaluations(data, model),
         optimizers=build_optimizer(recipe, model.parameters()),
         schedulers=components.scheduler,
         algorithms=components.algorithms,
@@ -84,10 +81,10 @@ def build_trainer(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Trainer
     return trainer
 
 
-def _evaluations(data: Data) -> DataLoader | list[Evaluator]:
-    """Return what is evaluated: the test set, after the validation images where these are wanted beside it."""
+def _evaluations(data: Data, model: ComposerModel) -> DataLoader | list[Evaluator]:
+    """Return what is evaluated: the test set, after the validation samples where these are wanted beside it."""
     if data.validation is None:
         return data.test
-    names = ['MulticlassAccuracy', 'CrossEntropy']
+    names = list(model.get_metrics(is_train=False))
     loaders = {VALIDATION: data.validation, TEST: data.test}
     return [Evaluator(label=label, dataloader=loader, metric_names=names) for label, loader in loaders.items()]

@@ -12,6 +12,7 @@ from composer.utils import get_device, parse_uri
 from composer_sam.recipes.arguments import check_time
 from composer_sam.recipes.components import build_components, build_optimizer, build_parallelism, trainer_arguments
 from composer_sam.recipes.errors import RecipeError
+from composer_sam.recipes.language_models import check_language_model
 from composer_sam.recipes.own import check_own
 from composer_sam.recipes.save_folder import check_folder
 from composer_sam.recipes.schema import Recipe
@@ -28,6 +29,7 @@ def check_recipe(recipe: Recipe) -> None:
         RecipeError: a value is not valid.
     """
     check_own(recipe.data, recipe.model)
+    check_language_model(recipe.data, recipe.model)
     build_components(recipe)
     build_optimizer(recipe, [torch.nn.Parameter(torch.zeros(1))])
     trainer_arguments(recipe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from composer_sam.extras import extra
 from composer_sam.recipes.errors import RecipeError
 from composer_sam.recipes.own import own_data
 from composer_sam.recipes.samples import Samples
-from composer_sam.recipes.schema import Cifar, DataSection, Digits, ImageFolder, OwnData
+from composer_sam.recipes.schema import Cifar, DataSection, Digits, ImageFolder, OwnData, Text
+from composer_sam.recipes.text import Sequences, read_text
+from composer_sam.recipes.tokenizers import Tokenizer, find_tokenizer
 
 __all__ = ['Data', 'Images', 'build_data', 'noisy_labels']
 
@@ -28,9 +31,15 @@ Transform = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Data:
-    """The loaders of a run, the number of classes, and the shape of a sample: (channels, height, width) of an image.
+    """The loaders of a run, and what a network has to know of its samples.
 
-    ``validation`` is None unless it is wanted beside the test set.
+    Attributes:
+        train: the loader for training.
+        test: the loader for testing.
+        num_classes: the number of classes; of a text, the number of tokens there are.
+        image_shape: the shape of a sample: (channels, height, width) of an image, (tokens,) of a sequence.
+        validation: None unless it is wanted beside the test set.
+        tokenizer: the tokenizer of a text; None for all else.
     """
 
     train: DataLoader
@@ -38,6 +47,12 @@ class Data:
     num_classes: int
     image_shape: tuple[int, ...]
     validation: DataLoader | None = None
+    tokenizer: Tokenizer | None = None
+
+    @property
+    def numbers(self) -> int:
+        """The numbers in a sample, or in what a network gives for it where that is more: a score for every token."""
+        return math.prod(self.image_shape) * (1 if self.tokenizer is None else self.num_classes)
 
 
 class Images(Dataset):
@@ -117,6 +132,7 @@ def build_data(section: DataSection, seed: int, pin_memory: bool = False, keep_t
             f'data.batch_size: {section.batch_size} is over all processes together and cannot be divided among '
             f'{world_size}; choose a multiple of {world_size}',
         )
+    tokenizer = None
     if isinstance(section, Digits):
         train, test, num_classes = _digits(section)
     elif isinstance(section, Cifar):
@@ -125,24 +141,31 @@ def build_data(section: DataSection, seed: int, pin_memory: bool = False, keep_t
         train, test, num_classes = _image_folder(section)
     elif isinstance(section, OwnData):
         train, test, num_classes = own_data(section)
+    elif isinstance(section, Text):
+        tokenizer = find_tokenizer(section.tokenizer)
+        train, test = read_text(section, tokenizer)
+        num_classes = tokenizer.size
     else:
         raise TypeError(f'no data set is built from {type(section).__name__}')
-    if section.label_noise:
+    if section.label_noise and not isinstance(train, Sequences):
         train.labels = noisy_labels(train.labels, num_classes, section.label_noise, section.noise_seed)
     validation = None
     if section.validation_fraction:
         train, validation = train.held_out(section.validation_fraction, seed)
         if not len(validation):
             raise RecipeError(
-                f'data.validation_fraction: {section.validation_fraction} of {len(train)} training images is none; '
+                f'data.validation_fraction: {section.validation_fraction} of {len(train)} training '
+                f'{section.samples} is none; '
                 'choose a larger one, or 0 to test on the test set',
             )
         if not keep_test:
             test, validation = validation, None
     if len(train) < section.batch_size:
-        raise RecipeError(f'data.batch_size: {section.batch_size} is more than the {len(train)} training images')
+        raise RecipeError(
+            f'data.batch_size: {section.batch_size} is more than the {len(train)} training {section.samples}'
+        )
 
-    def loader(images: Images | Samples, batch_size: int, training: bool) -> DataLoader:
+    def loader(images: Images | Samples | Sequences, batch_size: int, training: bool) -> DataLoader:
         return DataLoader(
             images,
             batch_size=batch_size,
@@ -156,7 +179,7 @@ def build_data(section: DataSection, seed: int, pin_memory: bool = False, keep_t
             generator=torch.Generator().manual_seed(seed + dist.get_global_rank()),
         )
 
-    def tests(images: Images | Samples) -> DataLoader:
+    def tests(images: Images | Samples | Sequences) -> DataLoader:
         # Composer warns about a batch that is smaller than the batch size of the loader.
         eval_batch_size = min(section.eval_batch_size or section.batch_size, len(images))
         return loader(images, -(-eval_batch_size // world_size), training=False)
@@ -167,6 +190,7 @@ def build_data(section: DataSection, seed: int, pin_memory: bool = False, keep_t
         validation=None if validation is None else tests(validation),
         num_classes=num_classes,
         image_shape=tuple(test[0][0].shape),
+        tokenizer=tokenizer,
     )
 
 
@@ -181,7 +205,7 @@ def noisy_labels(labels: Tensor, num_classes: int, fraction: float, seed: int) -
 
 
 def _whole_batch(batch: Any) -> Any:
-    """Replace collation: :class:`Images` returns a batch and not a list of samples."""
+    """Replace collation: the data sets return a batch and not a list of samples."""
     return batch
 
 

@@ -14,6 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 __all__ = ['TEST', 'VALIDATION', 'EarlyStopping', 'Stop', 'epochs_of', 'is_finished', 'measured']
 
 TEST, VALIDATION = 'eval', 'validation'  # the labels of the two evaluations
+# The metrics of a classifier and of a language model, whose accuracy is over tokens.
+_ACCURACY = ('MulticlassAccuracy', 'MaskedAccuracy')
+_LOSS = ('CrossEntropy', 'LanguageCrossEntropy')
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ def is_finished(state: State) -> bool:
 def measured(state: State) -> tuple[float, float]:
     """Return the accuracy and the cross-entropy of the last evaluation."""
     values: dict[str, Any] = state.eval_metric_values
-    return float(values['MulticlassAccuracy']), float(values['CrossEntropy'])
+    accuracy, loss = (next(values[name] for name in names if name in values) for names in (_ACCURACY, _LOSS))
+    return float(accuracy), float(loss)
 
 
 def epochs_of(state: State) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 
@@ -18,6 +19,7 @@ class History(Callback):
     Attributes:
         train: the columns ``epoch`` and ``loss``, the mean loss over the steps of the epoch.
         test: the columns ``epoch``, ``accuracy`` and ``loss``.
+        language: whether it is a language model; its accuracy and loss are means over tokens.
         validation: the same columns on the validation images, empty without ``early_stopping``.
         stop: the epoch that ``early_stopping`` has chosen; None without it.
         steps: the number of steps that this process has trained.
@@ -29,6 +31,7 @@ class History(Callback):
         self.test: dict[str, list[float]] = {'epoch': [], 'accuracy': [], 'loss': []}
         self.validation: dict[str, list[float]] = {'epoch': [], 'accuracy': [], 'loss': []}
         self.stop: Stop | None = None
+        self.language = False
         self.steps = 0
         self.total = 0
         self._losses: list[float] = []
@@ -36,6 +39,8 @@ class History(Callback):
 
     def __str__(self) -> str:
         tested = f'test accuracy {self.accuracy:.2%}, test loss {self.loss:.4f}'
+        if self.language:
+            tested += f', perplexity {self.perplexity:.4g}'
         if self.stop is not None:
             tested += f' at epoch {self.stop.epoch:g}, chosen on validation images,'
         if not self.steps:
@@ -52,6 +57,11 @@ class History(Callback):
     def loss(self) -> float:
         """Test loss at the end, or at the epoch that ``early_stopping`` has chosen."""
         return self.test['loss'][-1] if self.stop is None else self.stop.loss
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the test loss: among how many equally likely tokens a language model would choose."""
+        return torch.tensor(self.loss).exp().item()
 
     @property
     def seconds_per_step(self) -> float:
@@ -81,6 +91,7 @@ class History(Callback):
     def eval_end(self, state: State, logger: Logger) -> None:
         del logger
         accuracy, loss = measured(state)
+        self.language = 'LanguagePerplexity' in state.eval_metric_values
         self.total = state.timestamp.batch.value
         curve = self.validation if state.dataloader_label == VALIDATION else self.test
         curve['epoch'].append(epochs_of(state))

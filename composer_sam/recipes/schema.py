@@ -6,8 +6,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     PositiveInt,
     PrivateAttr,
@@ -19,11 +17,22 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from composer_sam.recipes.errors import RecipeError, unknown
+from composer_sam.recipes.sections import (
+    DataSection,
+    Fraction,
+    ModelSection,
+    NonNegativeInt,
+    OwnData,
+    OwnModel,
+    Section,
+)
+from composer_sam.recipes.text_schema import CausalLM, Text
 
 __all__ = [
     'CNN',
     'MLP',
     'Arguments',
+    'CausalLM',
     'Cifar',
     'DataSection',
     'Digits',
@@ -32,6 +41,7 @@ __all__ = [
     'OwnData',
     'OwnModel',
     'Recipe',
+    'Text',
     'WideResNet',
     'Written',
     'parse_recipe',
@@ -46,41 +56,8 @@ def _shown(name: str) -> str:
 
 Name = Annotated[str, AfterValidator(_shown)]
 Duration = str | PositiveInt
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
 PerChannel = Annotated[list[float], Field(min_length=3, max_length=3)]
 Augmentation = Literal['none', 'crop_flip', 'resized_crop']
-
-
-class _Section(BaseModel):
-    # Strict: a quoted number, or a boolean in place of a number, is an error and not converted.
-    model_config = ConfigDict(extra='forbid', frozen=True, strict=True)
-
-
-class DataSection(_Section):
-    """The keys of every data set.
-
-    Attributes:
-        name: the name of the data set.
-        batch_size: the number of images per optimizer step, over all processes.
-        eval_batch_size: the number of images per evaluation batch, over all processes; ``batch_size`` if not given.
-        drop_last: whether to skip the last training batch of an epoch if it is smaller than the others.
-        num_workers: the number of worker processes per training process that load and augment images.
-        label_noise: the fraction of the training labels that is replaced by another class, drawn uniformly.
-        noise_seed: the seed of the label noise; runs with different ``seed`` have the same wrong labels.
-        validation_fraction: the fraction of the training images, with their label noise, that is held out and replaces
-            the test set, for choosing hyper-parameters. The ``seed`` of the recipe determines these images. With
-            ``early_stopping`` it does not replace the test set.
-    """
-
-    name: str
-    batch_size: PositiveInt = 128
-    eval_batch_size: PositiveInt | None = None
-    drop_last: bool = True
-    num_workers: NonNegativeInt = 0
-    label_noise: Fraction = 0.0
-    noise_seed: NonNegativeInt = 0
-    validation_fraction: Fraction = 0.0
 
 
 class Digits(DataSection):
@@ -150,23 +127,6 @@ class ImageFolder(_ImageSection):
     cache_mb: NonNegativeInt = 1024
 
 
-class OwnData(DataSection):
-    """The name of a function of the user's own that returns the data, the keys of every data set, and its arguments."""
-
-    model_config = ConfigDict(extra='allow')
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The arguments of the function."""
-        return dict(self.model_extra or {})
-
-
-class ModelSection(_Section):
-    """A torchvision classifier or a ResNet with a CIFAR stem, which have no options besides the name."""
-
-    name: str
-
-
 class MLP(ModelSection):
     """A multi-layer perceptron with ReLU.
 
@@ -213,23 +173,12 @@ class WideResNet(ModelSection):
         return depth
 
 
-class OwnModel(ModelSection):
-    """The name of a function of the user's own that returns the network, and its arguments."""
-
-    model_config = ConfigDict(extra='allow')
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The arguments of the function."""
-        return dict(self.model_extra or {})
-
-
 Arguments = dict[str, Any]
 # Values as the recipe writes them, ``${oc.env:DATA}``, and what they stand for, by the parts of their keys.
 Written = dict[tuple[str, ...], tuple[Any, Any]]
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole training run.
 
     Attributes:
@@ -246,9 +195,10 @@ class Recipe(_Section):
             the choice. The run goes on to its end; then the network gets the weights of that epoch.
         stop_at_nonfinite: the number of steps in a row with a training loss that is not finite after which the run is
             stopped and has failed; 0 to train to the end. A run whose loss is not finite at the end has failed too.
-        data: the data set, see :class:`Digits`, :class:`Cifar`, :class:`ImageFolder` and :class:`OwnData`.
-        model: the network, see :class:`MLP`, :class:`CNN`, :class:`WideResNet`, :class:`ModelSection` and
-            :class:`OwnModel`.
+        data: the data set, see :class:`Digits`, :class:`Cifar`, :class:`ImageFolder`, :class:`Text` and
+            :class:`OwnData`.
+        model: the network, see :class:`MLP`, :class:`CNN`, :class:`WideResNet`, :class:`ModelSection`,
+            :class:`CausalLM` and :class:`OwnModel`.
         optimizer: the name and arguments of a class of ``torch.optim`` or ``composer.optim``.
         scheduler: the name and arguments of a scheduler of ``composer.optim``.
         algorithms: arguments by name of methods of this package and of ``composer.algorithms``. The ``schedules`` of
@@ -261,7 +211,7 @@ class Recipe(_Section):
         save_interval: the interval between checkpoints.
         autoresume: whether to resume from the newest checkpoint in ``save_folder``.
         load_path: the checkpoint to start from.
-        device_train_microbatch_size: the number of images per forward-backward on one device, or ``auto``.
+        device_train_microbatch_size: the number of images or sequences per forward-backward on one device, or ``auto``.
         parallelism: arguments of Composer's FSDP configuration under ``fsdp`` or ``fsdp2``.
         trainer: further arguments of Composer's ``Trainer``.
         grid: lists of values by key, such as ``{algorithms.sam.rho: [0.1, 0.2]}``. A study trains every combination;
@@ -314,15 +264,21 @@ class Recipe(_Section):
         return {'.'.join(parts): value for parts, (_, value) in self._written.items()}
 
 
-S = TypeVar('S', bound=_Section)
+S = TypeVar('S', bound=Section)
 
 DATA: dict[str, type[DataSection]] = {
     'digits': Digits,
     'cifar10': Cifar,
     'cifar100': Cifar,
     'image_folder': ImageFolder,
+    'text': Text,
 }
-MODELS: dict[str, type[ModelSection]] = {'mlp': MLP, 'cnn': CNN, 'wide_resnet': WideResNet}
+MODELS: dict[str, type[ModelSection]] = {
+    'mlp': MLP,
+    'cnn': CNN,
+    'wide_resnet': WideResNet,
+    'causal_lm': CausalLM,
+}
 
 
 def parse_recipe(mapping: dict[str, Any], plain_models: list[str], written: Written | None = None) -> Recipe:
@@ -337,7 +293,7 @@ def parse_recipe(mapping: dict[str, Any], plain_models: list[str], written: Writ
         RecipeError: a key is unknown or missing, or a value is of the wrong type or out of its range.
     """
     models = MODELS | dict.fromkeys(plain_models, ModelSection)
-    parsed: dict[str, _Section] = {}
+    parsed: dict[str, Section] = {}
     if 'data' in mapping:
         parsed['data'] = _parse_named('data', mapping['data'], DATA, OwnData)
     if 'model' in mapping:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from torch import nn
 
 from composer_sam.recipes import Recipe
 from composer_sam.recipes.data import build_data
-from composer_sam.recipes.models import build_model
+from composer_sam.recipes.networks import build_network
 
 __all__ = ['KEYS', 'Problem', 'Split', 'build_problem', 'described']
 
@@ -65,13 +64,13 @@ def build_problem(recipe: Recipe, split: Split, samples: int) -> Problem:
     samples = min(samples, len(images))
     # Not torch's generator: with the same seed it has chosen the wrong labels, and would choose the same images again.
     chosen = sorted(np.random.default_rng(_SAMPLE_SEED).permutation(len(images))[:samples].tolist())
-    per_forward = max(section.batch_size, _ONE_FORWARD // math.prod(data.image_shape))
+    per_forward = max(section.batch_size, _ONE_FORWARD // data.numbers)
     batches = [images.__getitems__(chosen[start : start + per_forward]) for start in range(0, samples, per_forward)]
     on_gpu = recipe.device in (None, 'gpu') and torch.cuda.is_available()
-    model = build_model(recipe.model, data.image_shape, data.num_classes).to('cuda' if on_gpu else 'cpu')
+    model = build_network(recipe.model, data).to('cuda' if on_gpu else 'cpu')
     microbatch = recipe.device_train_microbatch_size
     in_training = microbatch if isinstance(microbatch, int) else section.batch_size
-    return Problem(model, batches, samples, max(in_training, _ONE_GRAPH // math.prod(data.image_shape)))
+    return Problem(model, batches, samples, max(in_training, _ONE_GRAPH // data.numbers))
 
 
 def described(data: Iterable[tuple[str, float]]) -> str:

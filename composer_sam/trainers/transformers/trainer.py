@@ -31,17 +31,22 @@ class SharpnessAwareMixin(_Trainer):
         trainer.train()
 
     The Trainer works as without it: arguments, callbacks, checkpoints, schedulers and logs stay as they are. Its own
-    forward of every micro-batch is the pass whose loss and metrics count. After the last micro-batch of a step the
-    other passes see all micro-batches again, at their perturbed weights. Then the Trainer clips the direction once
-    (``max_grad_norm``) and steps. ``grad_norm`` in the log is the norm of the direction.
+    forward of every micro-batch is the first pass of a step. The logged loss and what ``compute_loss`` measures are of
+    this pass: at w, or at the perturbed weights with ``ascent_fraction`` and methods whose only pass is perturbed. After
+    the last micro-batch of a step the other passes see all micro-batches again, with the same random numbers and
+    buffers. The direction is what the Trainer clips (``max_grad_norm``), once, whose norm it logs as ``grad_norm``, and
+    what the optimizer steps with.
 
     ``compute_loss`` is called for every micro-batch in every pass. What it counts in attributes of the trainer
-    (numbers, lists, dictionaries of such) counts once, and ``log`` does nothing in the other passes. A
-    ``training_step`` of your own, in the class that has the mixin as a base, is called in the Trainer's pass only; the
-    other passes call that of the bases after the mixin.
+    (numbers, lists, dictionaries of such) counts once, and ``log`` does nothing in the other passes. If the class that
+    has the mixin as a base overrides ``training_step``, its own code is called in the first pass only.
+
+    Under DistributedDataParallel the first pass is not averaged over ranks (m-sharpness) unless the method has
+    ``sync_first_pass=True``; under FSDP every pass is. With ``fp16=True`` a step is skipped if any of its passes
+    overflows on any rank.
 
     A run that is resumed with ``resume_from_checkpoint`` ends in the same bits. What a method remembers is in the
-    optimizer's state, so a checkpoint loads without the method, too, and one from without the method loads here.
+    optimizer's state. A checkpoint loads with and without the method.
 
     With every ``'loss'`` the log has, under the method's name, the radius (``'sam/rho'``), ``'sam/gradient_norm'``,
     ``'sam/perturbed_loss'`` and whether the last step was perturbed. They are read from the device only then.
