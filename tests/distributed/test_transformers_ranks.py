@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,18 @@ from composer_sam.methods.base import SharpnessAware
 from composer_sam.trainers.transformers.memory import share_memory
 from tests.hosts.small_trainers import (
     CLIP,
+    SIZE,
     At,
     Classifier,
     Inputs,
     RandomPlaces,
     arguments,
+    counts_shifted_labels,
     fresh_accelerate,
+    language_model,
     major_version,
     samples,
-    shrinks_by_its_window,
+    sentences,
     state_of,
     trainer_of,
 )
@@ -44,32 +47,36 @@ from tests.problems import BASES, made, same
 
 
 @contextlib.contextmanager
-def a_trainer(method: SharpnessAware, accumulate: int, model: nn.Module | None = None, **options: Any) -> Iterator[Any]:
+def a_trainer(
+    method: SharpnessAware, accumulate: int, model: nn.Module | None = None, data: Any = None, **options: Any
+) -> Iterator[Any]:
     """A Trainer of both ranks."""
     with shared_folder() as folder, fresh_accelerate(), warnings.catch_warnings():
         # The Trainer has unused parameters looked for, and the small models have none.
         warnings.filterwarnings('ignore', 'find_unused_parameters=True was specified')
         args = arguments(folder, gradient_accumulation_steps=accumulate, ddp_backend='gloo', **options)
-        yield trainer_of(method, args, samples(6 * accumulate), model)
+        yield trainer_of(method, args, samples(6 * accumulate) if data is None else data, model)
+
+
+Loss = Callable[[nn.Module, Inputs, Sequence[Inputs]], torch.Tensor]
 
 
 def by_passes(
-    method: SharpnessAware, data: Sequence[Inputs], accumulate: int
+    method: SharpnessAware, data: Sequence[Inputs], accumulate: int, whole: nn.Module, loss_of: Loss
 ) -> tuple[nn.Module, SharpnessAwareOptimizer]:
     """The same in a plain loop, with DistributedDataParallel's own no_sync."""
-    model = DistributedDataParallel(Classifier())
+    model = DistributedDataParallel(whole)
     base = BASES['SGD'](model.parameters())
     base.register_step_pre_hook(lambda *_: _nothing(nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
     optimizer = SharpnessAwareOptimizer(base, method, model)
     for first in range(0, len(data), accumulate):
         window = data[first : first + accumulate]
-        divisor = len(window) if shrinks_by_its_window() else accumulate
         for number in optimizer.passes():
             optimizer.zero_grad()
-            for place, inputs in enumerate(window, start=1):
+            parts = [number.part(inputs) for inputs in window]
+            for place, inputs in enumerate(parts, start=1):
                 with contextlib.nullcontext() if place == len(window) else model.no_sync():
-                    loss = model(**number.part(inputs))['loss'] / divisor
-                    loss.backward(create_graph=method.backwards_create_graph)
+                    loss_of(model, inputs, parts).backward(create_graph=method.backwards_create_graph)
     return model, optimizer
 
 
@@ -77,8 +84,19 @@ def _nothing(_: Any) -> None:
     """A hook must return nothing."""
 
 
-def assert_same_run(method: SharpnessAware, accumulate: int) -> None:
-    with a_trainer(method, accumulate) as trainer:
+def _classifiers_loss(model: nn.Module, inputs: Inputs, window: Sequence[Inputs]) -> torch.Tensor:
+    return model(**inputs)['loss'] / len(window)
+
+
+def assert_same_run(
+    method: SharpnessAware,
+    accumulate: int,
+    made_model: Callable[[], nn.Module] = Classifier,
+    data_of: Callable[[int], Any] = samples,
+    loss_of: Loss = _classifiers_loss,
+    **options: Any,
+) -> None:
+    with a_trainer(method, accumulate, made_model(), data_of(6 * accumulate), **options) as trainer:
         data = [dict(inputs) for inputs in trainer.get_train_dataloader()]
         assert len(data) == 3 * accumulate
         places = RandomPlaces()
@@ -86,7 +104,7 @@ def assert_same_run(method: SharpnessAware, accumulate: int) -> None:
         trainer.train()
         assert isinstance(trainer.model_wrapped, DistributedDataParallel)
         torch.set_rng_state(places.places[0])
-        model, optimizer = by_passes(method, data, accumulate)
+        model, optimizer = by_passes(method, data, accumulate, made_model(), loss_of)
         assert same(trainer.model_wrapped.state_dict(), model.state_dict())
         assert same(state_of(trainer.optimizer), state_of(optimizer))
         assert trainer.sharpness_aware_optimizer.steps_perturbed == optimizer.steps_perturbed > 0
@@ -114,6 +132,20 @@ def test_a_first_pass_may_be_synchronised(accumulate: int, fraction: float) -> N
 def test_a_first_pass_over_parts_may_be_left_unsynchronised() -> None:
     for accumulate in (1, 2):
         assert_same_run(made('SAM', ascent_fraction=0.5), accumulate)
+
+
+@two_ranks
+@pytest.mark.parametrize('fraction', [1.0, 0.5])
+def test_a_language_model_counts_the_tokens_of_all_ranks(fraction: float) -> None:
+    def loss_of(model: nn.Module, inputs: Inputs, window: Sequence[Inputs]) -> torch.Tensor:
+        shift = 1 if counts_shifted_labels() else 0
+        items = torch.stack([(other['labels'][..., shift:] != -100).sum() for other in window]).sum()
+        dist.all_reduce(items)
+        return model(**inputs, num_items_in_batch=items)['loss'] * dist.get_world_size()
+
+    method = made('SAM', rho=0.1, epsilon=0.5, ascent_fraction=fraction)
+    data_of: Any = lambda steps: sentences(steps * SIZE)  # noqa: E731
+    assert_same_run(method, 2, language_model, data_of, loss_of, average_tokens_across_devices=True)
 
 
 @two_ranks

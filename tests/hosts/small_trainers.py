@@ -14,7 +14,7 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from composer_sam import SharpnessAwareOptimizer
@@ -35,8 +35,10 @@ __all__ = [
     'counts_shifted_labels',
     'fresh_accelerate',
     'in_order',
+    'language_model',
     'major_version',
     'samples',
+    'sentences',
     'shrinks_by_its_window',
     'state_of',
     'trainer_of',
@@ -108,6 +110,33 @@ class RandomPlaces(TrainerCallback):
         if self._due:
             self.places.append(torch.get_rng_state())
         self._due = False
+
+
+def language_model(dropout: float = 0.1) -> GPT2LMHeadModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        probabilities = dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), dropout)
+        config = GPT2Config(
+            vocab_size=29,
+            n_positions=12,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            bos_token_id=0,
+            eos_token_id=0,
+            **probabilities,
+        )
+        return GPT2LMHeadModel(config)
+
+
+def sentences(count: int) -> list[Inputs]:
+    """Tokens, of which a different number in every sentence has no label."""
+    generator = torch.Generator().manual_seed(4)
+    tokens = torch.randint(1, 29, (count, 9), generator=generator)
+    labels = tokens.clone()
+    for number, row in enumerate(labels):
+        row[: 2 + number % 6] = -100
+    return [{'input_ids': row, 'labels': label} for row, label in zip(tokens, labels, strict=True)]
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from composer_sam import SAM
 from composer_sam.trainers.transformers import SharpnessAwareMixin
 from tests.hosts.small_trainers import (
     CLIP,
+    At,
     Classifier,
     arguments,
     assert_same_run,
@@ -104,6 +105,8 @@ def test_what_a_trainer_counts_counts_once(accumulate: int, values: dict[str, An
     method, twin = SAM(rho=0.1, **values), Classifier()
     args = arguments(tmp_path, gradient_accumulation_steps=accumulate)
     trainer = trainer_of(method, args, samples(4), kind=in_order(SharpCounting))
+    told: list[float] = []
+    trainer.add_callback(At('on_log', lambda state, _: told.append(state.log_history[-1].get('auxiliary'))))
     losses, _ = assert_same_run(trainer, method, twin, BASES['SGD'](twin.parameters()))
     history = trainer.history
     per_step = [sum(history[first : first + accumulate]) / accumulate for first in range(0, 4, accumulate)]
@@ -115,6 +118,7 @@ def test_what_a_trainer_counts_counts_once(accumulate: int, values: dict[str, An
     assert trainer.newest == history[-1]
     assert trainer.total['loss'].item() == pytest.approx(sum(history), rel=1e-6)
     assert [entry['auxiliary'] for entry in trainer.state.log_history if 'auxiliary' in entry] == history
+    assert told == [*history, None]  # the last one is of the end of the run
 
 
 def test_arguments_callbacks_and_accelerator_stay_as_they_were(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 pytest.importorskip('transformers', reason="transformers is not installed: pip install 'composer-sam[transformers]'")
 pytest.importorskip('accelerate', reason="accelerate is not installed: pip install 'composer-sam[transformers]'")
@@ -50,6 +50,33 @@ def test_callbacks_between_micro_batches_see_the_weights_w(tmp_path: Path) -> No
     assert found == [True] * 6
 
 
+def test_callbacks_that_draw_random_numbers_between_micro_batches_change_no_mask(tmp_path: Path) -> None:
+    trainer = trainer_of(made('GAM'), arguments(tmp_path, gradient_accumulation_steps=3), samples(3))
+    trainer.add_callback(At('on_substep_end', lambda *_: torch.rand(5)))
+    masks: list[Tensor] = []
+    dropout = next(module for module in trainer.model.modules() if isinstance(module, nn.Dropout))
+    dropout.register_forward_hook(lambda _, inputs, output: masks.append(torch.eq(output, 0)))
+    trainer.train()
+    passes = [torch.stack(masks[first : first + 3]) for first in range(0, len(masks), 3)]
+    assert len(passes) == made('GAM').passes
+    assert all(torch.equal(passes[0], masks) for masks in passes)
+    assert not torch.equal(passes[0][0], passes[0][1])
+
+
+def test_every_pass_is_told_which_micro_batch_is_the_last(tmp_path: Path) -> None:
+    told: list[bool] = []
+
+    class Asking(SharpnessAwareTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            told.append(self.accelerator.sync_gradients)
+            return super().compute_loss(*args, **kwargs)
+
+    args = arguments(tmp_path, gradient_accumulation_steps=3)
+    trainer_of(SAM(ascent_fraction=0.5), args, samples(3), kind=Asking).train()
+    trainer_of(SAM(), args, samples(3), kind=Asking).train()
+    assert told == [False, False, True] * 4
+
+
 @pytest.mark.parametrize('name', ['SAM', 'MSAM'])
 def test_a_run_that_is_stopped_in_the_middle_of_a_step_ends_at_w(name: str, tmp_path: Path) -> None:
     trainer = trainer_of(made(name), arguments(tmp_path, gradient_accumulation_steps=2), samples(8))
@@ -88,6 +115,23 @@ def test_data_that_end_in_the_middle_of_a_step_are_not_evaluated_again(tmp_path:
     assert trainer.sharpness_aware_optimizer.steps_perturbed == trainer.state.global_step == 4
     # Steps have two micro-batches and two passes. The first epoch ends with a micro-batch that no step has.
     assert trainer.model.counted.forwards == 4 * 2 * 2 + 1
+
+
+def test_where_the_data_end_in_the_middle_of_a_step_the_weights_w_are_evaluated(tmp_path: Path) -> None:
+    args = arguments(tmp_path, gradient_accumulation_steps=2, max_steps=4, eval_strategy='epoch')
+    options: Any = {'kind': SharpnessAwareTrainer, 'eval_dataset': samples(1)}
+    trainer = trainer_of(made('MSAM'), args, Stream(samples(5)), **options)
+    ends: list[Any] = []
+
+    def end(*_: Any) -> None:
+        ends.append(copy.deepcopy(dict(trainer.model.named_parameters())))
+
+    trainer.add_callback(At('on_step_end', end))
+    trainer.add_callback(At('on_evaluate', end))
+    trainer.train()
+    assert len(ends) == 4 + 2
+    assert same(ends[2], ends[1])
+    assert same(ends[5], ends[4])
 
 
 class Moving(torch.optim.SGD):

@@ -105,7 +105,7 @@ class TrainerSteps(TrainerCallback):
         # As the Trainer does before every forward: schedule-free optimizers move the weights here.
         self._trainer.model_wrapped.train()
         self._trainer.optimizer.train()
-        self._seen, self._loss = MicroBatches(self._devices), None
+        self._forget()
         self._request = self._wrapper().begin(self._evaluate_part)
         self._place = 0
 
@@ -135,6 +135,7 @@ class TrainerSteps(TrainerCallback):
             if self._place == len(self._window) and self._trainer.accelerator.sync_gradients:
                 with self._outputs_converted():
                     optimizer.finish_passes(self._loss, self._evaluate_again)
+                self._forget()
             elif self._watched_between():
                 optimizer.pause()
         except BaseException:
@@ -234,9 +235,13 @@ class TrainerSteps(TrainerCallback):
             raise RuntimeError(not_called(self._trainer, 'on_train_begin'))
         return self.optimizer
 
+    def _forget(self) -> None:
+        """Hold nothing of a step when its passes are over."""
+        self._seen, self._loss, self._place = MicroBatches(self._devices), None, None
+
     def _abandon(self) -> None:
         """Undo the step that is under way, if any."""
-        self._place = None
+        self._forget()
         if self.optimizer is not None:
             self.optimizer.abandon_step()
             ddp = replicas(self.optimizer.model)
@@ -245,7 +250,7 @@ class TrainerSteps(TrainerCallback):
                 ddp.require_backward_grad_sync = True
 
     def _give_up(self) -> None:
-        self._place = None
+        self._forget()
         self._wrapper().give_up()
 
     def _moment(self, steps_taken: int) -> TrainerMoment:

@@ -31,11 +31,11 @@ class SharpnessAwareMixin(_Trainer):
         trainer.train()
 
     The Trainer works as without it: arguments, callbacks, checkpoints, schedulers and logs stay as they are. Its own
-    forward of every micro-batch is the first pass of a step. The logged loss and what ``compute_loss`` measures are of
-    this pass: at w, or at the perturbed weights with ``ascent_fraction`` and methods whose only pass is perturbed. After
-    the last micro-batch of a step the other passes see all micro-batches again, with the same random numbers and
-    buffers. The direction is what the Trainer clips (``max_grad_norm``), once, whose norm it logs as ``grad_norm``, and
-    what the optimizer steps with.
+    forward of every micro-batch is the first pass of a step. The logged loss, and what ``compute_loss`` measures, are
+    of this pass: at w, or at the perturbed weights with ``ascent_fraction`` and methods whose only pass is perturbed.
+    After the last micro-batch of a step the other passes see all micro-batches again, with the same random numbers and
+    buffers. The direction is what the Trainer clips, once (``max_grad_norm``), what ``grad_norm`` in the log is the
+    norm of, and what the optimizer steps with.
 
     ``compute_loss`` is called for every micro-batch in every pass. What it counts in attributes of the trainer
     (numbers, lists, dictionaries of such) counts once, and ``log`` does nothing in the other passes. If the class that
