@@ -22,17 +22,17 @@ class Modules:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self._listed: list[nn.Module] = []
-        self._children: list[list[nn.Module | None]] = []
+        # The modules, and the children of each. One attribute, so that an interrupt cannot leave half of it.
+        self._known: tuple[list[nn.Module], list[list[nn.Module | None]]] = [], []
 
     def all(self) -> list[nn.Module]:
         """Return all modules, in torch's order."""
-        if not self._listed or any(
-            list(module._modules.values()) != children
-            for module, children in zip(self._listed, self._children, strict=True)
+        listed, known = self._known
+        if not listed or any(
+            list(module._modules.values()) != children for module, children in zip(listed, known, strict=True)
         ):
-            modules = list(self.model.modules())
-            if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
-                return modules  # TorchScript makes its children anew every time
-            self._listed, self._children = modules, [list(module._modules.values()) for module in modules]
-        return self._listed
+            listed = list(self.model.modules())
+            if any(isinstance(module, torch.jit.ScriptModule) for module in listed):
+                return listed  # TorchScript makes its children anew every time
+            self._known = listed, [list(module._modules.values()) for module in listed]
+        return listed

@@ -103,11 +103,12 @@ class Placement:
             return False
         addresses = [parameter.data_ptr() for parameter in self._parameters]
         if addresses != self._addresses:
-            self._addresses = addresses
+            self._addresses = None  # an interrupt in the next lines must not leave half of what is known
             taken = [address for address in addresses if address]
             # Of parameters that share a storage, an exchange would untie the one from the other for the pass.
             self._alone = len(set(taken)) == len(taken) and all(map(exchangeable, self._parameters))
             self._strides = [parameter.stride() for parameter in self._parameters]
+            self._addresses = addresses
         return self._alone
 
     def _point(self, parameters: list[Tensor], offsets: list[Tensor], factor: float, free: bool) -> None:

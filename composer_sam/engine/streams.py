@@ -56,7 +56,8 @@ class _NumPy:
         known = isinstance(generator, np.random.MT19937)
         memory = ctypes.string_at(generator.ctypes.state_address, self._BYTES) if known else b''
         if not known or memory != self._memory or self._state['has_gauss']:
-            self._memory, self._state = memory, np.random.get_state(legacy=False)  # noqa: NPY002
+            self._state = np.random.get_state(legacy=False)  # noqa: NPY002
+            self._memory = memory  # last: an interrupt before it makes the next read a whole one
         return self._state
 
     def write(self, state: Any) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import signal
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,6 +17,7 @@ from torch import nn
 
 from composer_sam import SharpnessAwareOptimizer
 from composer_sam.engine.interrupts import InterruptsHeld
+from composer_sam.engine.placement import Placement
 from tests.conformance.faults import FailingOperations, Interrupted
 from tests.conformance.parts import METHODS
 from tests.problems import (
@@ -226,3 +229,41 @@ def test_in_another_thread_nothing_is_held_and_a_step_is_taken() -> None:
     with ThreadPoolExecutor(1) as threads:
         threads.submit(by_closure, model, optimizer, SECOND).result()
     assert optimizer.steps_taken == 2
+
+
+def interrupted_at(line: int, code: Any, step: Callable[[], None]) -> bool:
+    """Interrupt the step at a line of the function with this code; return whether it came there."""
+    lines = itertools.count(1)
+
+    def inside(frame: Any, event: str, argument: Any) -> Any:
+        if event == 'line' and next(lines) == line:
+            raise KeyboardInterrupt
+        return inside
+
+    before = sys.gettrace()
+    sys.settrace(lambda frame, *_: inside if frame.f_code is code else None)
+    try:
+        step()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_an_interrupt_while_the_layout_is_looked_at_leaves_a_step_that_can_be_taken() -> None:
+    """What is worked out once for many steps must not be kept by half."""
+    for line in itertools.count(1):
+        model, expected_model = network(), network()
+        optimizer, expected = (
+            SharpnessAwareOptimizer(BASES['AdamW'](one.parameters()), with_all_passes('SAM'), one)
+            for one in (model, expected_model)
+        )
+        step = functools.partial(by_closure, model, optimizer, SECOND)
+        if not interrupted_at(line, Placement._exchanges.__code__, step):
+            assert line > 5
+            return
+        for one, wrapped in ((model, optimizer), (expected_model, expected)):
+            torch.manual_seed(5)
+            by_closure(one, wrapped, SECOND)
+        assert same(model.state_dict(), expected_model.state_dict())
