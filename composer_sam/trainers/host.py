@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from composer_sam.engine.closures import Closure
-from composer_sam.engine.controls import Control
+from composer_sam.engine.host import Alone
 from composer_sam.engine.moment import Moment
 from composer_sam.engine.record import StepRecord
 from composer_sam.engine.rule import Method
@@ -80,7 +78,7 @@ class TrainerMoment(Moment):
         return part
 
 
-class SplitHost:
+class SplitHost(Alone):
     """The host of a step that is split around a trainer's own work; an adapter says what the time is.
 
     Args:
@@ -106,19 +104,6 @@ class SplitHost:
 
     def moment(self, steps_taken: int) -> Moment:
         return self._moment(steps_taken)
-
-    def closure(self, function: Callable[..., Any]) -> Closure:
-        return Closure(function)
-
-    def controls(self, closure: Closure | None) -> Sequence[Control]:
-        del closure
-        return ()
-
-    def passes_done(self) -> None:
-        pass
-
-    def direction_found(self) -> None:
-        pass
 
     def stepped(self, method: Method, record: StepRecord) -> None:
         if self._report is not None:
