@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from composer_sam.engine.closures import makes_state
 from composer_sam.engine.host import Alone, Host
 from composer_sam.engine.pass_number import PassNumber
-from composer_sam.engine.rule import Method
+from composer_sam.engine.rule import Method, check_method
 from composer_sam.engine.scaling import refuse_unscaling
 from composer_sam.engine.stepper import Stepper
 from composer_sam.engine.two_calls import TwoCalls
@@ -322,8 +322,7 @@ def _check(base_optimizer: Any, method: Any) -> None:
         )
     if not isinstance(base_optimizer, Optimizer):
         raise TypeError(f'base_optimizer must be a torch.optim.Optimizer, got {base_optimizer!r}')
-    if not isinstance(method, Method):
-        raise TypeError(f"method must be one of composer_sam's methods, for example SAM(rho=0.05), got {method!r}")
+    check_method(method)
     closure = inspect.signature(base_optimizer.step).parameters.get('closure')
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(

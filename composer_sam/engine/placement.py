@@ -138,29 +138,17 @@ class Placement:
         self._moved = []
         if not self._exchanged and not self._saved:
             return
-        torch.clear_autocast_cache()
-        for parameter, original in self._exchanged:
-            parameter.data = original
-        self._exchanged = []
-        if self._saved:
-            with torch.no_grad():
-                # Looked up again: FSDP2 moves the parameters into memory of its own in its very first forward.
-                multi_tensor.copy_(self._written([p for p, _ in self._saved]), [copy for _, copy in self._saved])
-            # The next pass saves again: between passes the method may use the memory.
-            self._saved = []
+        self._return_to_w()
+        # The next pass saves again: between passes the method may use the memory.
+        self._exchanged, self._saved = [], []
 
-    @torch.no_grad()
     def pause(self) -> None:
         """Put the weights at w until :meth:`resume`; do nothing if they are there. It takes the memory of a copy."""
         if self._moved or not (self._exchanged or self._saved):
             return
-        torch.clear_autocast_cache()
         self._moved = [parameter.data for parameter, _ in self._exchanged]
         self._moved += [parameter.detach().clone() for parameter, _ in self._saved]
-        for parameter, original in self._exchanged:
-            parameter.data = original
-        for parameter, copy in self._saved:
-            real(parameter).copy_(copy)
+        self._return_to_w()
 
     @torch.no_grad()
     def resume(self) -> None:
@@ -169,10 +157,20 @@ class Placement:
         if not moved:
             return
         torch.clear_autocast_cache()
-        for (parameter, _), place in zip(self._exchanged, moved, strict=False):
+        exchanged = len(self._exchanged)
+        for (parameter, _), place in zip(self._exchanged, moved[:exchanged], strict=True):
             parameter.data = place
-        for (parameter, _), place in zip(self._saved, moved[len(self._exchanged) :], strict=True):
+        for (parameter, _), place in zip(self._saved, moved[exchanged:], strict=True):
             parameter.copy_(place)
+
+    @torch.no_grad()
+    def _return_to_w(self) -> None:
+        torch.clear_autocast_cache()
+        for parameter, original in self._exchanged:
+            parameter.data = original
+        if self._saved:
+            # Looked up again: FSDP2 moves the parameters into memory of its own in its very first forward.
+            multi_tensor.copy_(self._written([p for p, _ in self._saved]), [copy for _, copy in self._saved])
 
     def _written(self, parameters: list[Tensor]) -> list[Tensor]:
         """Return the tensors to write to for parameters."""

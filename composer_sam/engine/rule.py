@@ -15,7 +15,18 @@ from composer_sam.engine.selection import Multipliers, Selection
 from composer_sam.engine.step import Step
 from composer_sam.vectors import Vector
 
-__all__ = ['PLAIN', 'Direction', 'Method', 'Observer', 'OnNonfinite', 'Pass', 'Passes', 'PlainRule', 'Rule']
+__all__ = [
+    'PLAIN',
+    'Direction',
+    'Method',
+    'Observer',
+    'OnNonfinite',
+    'Pass',
+    'Passes',
+    'PlainRule',
+    'Rule',
+    'check_method',
+]
 
 
 @dataclass(frozen=True)
@@ -189,3 +200,9 @@ class Method(ABC):
         Raises:
             ValueError: no step of the run can be perturbed.
         """
+
+
+def check_method(method: object) -> None:
+    """Raise TypeError for what is not a method."""
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be one of composer_sam's methods, for example SAM(rho=0.05), got {method!r}")

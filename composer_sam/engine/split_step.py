@@ -40,7 +40,6 @@ class SplitOptimizer(SharpnessAwareOptimizer):
 
     _passes: Any = None
     _request = PLAIN  # what the trainer evaluates itself
-    _index = 0
     _begun = False
     _found: tuple[Transaction | None, StepRecord] | None = None
 
@@ -80,12 +79,7 @@ class SplitOptimizer(SharpnessAwareOptimizer):
 
         Leaving the loop early, or an exception inside it, undoes the step.
         """
-        with self._undone_by_errors():
-            request = self._first()
-            while request is not None:
-                yield request
-                request = self._advance()
-            self._rescale()
+        yield from self._rest(self._first)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore
         """Let the base optimizer step with the direction; do nothing if the step was skipped.
@@ -145,10 +139,19 @@ class SplitOptimizer(SharpnessAwareOptimizer):
 
     # Private parts.
 
+    def _rest(self, begin: Callable[[], Pass | None]) -> Generator[Pass]:
+        """Yield the pass that ``begin`` returns and those after it, and leave the direction in ``.grad``."""
+        with self._undone_by_errors():
+            request = begin()
+            while request is not None:
+                yield request
+                request = self._advance()
+            self._rescale()
+
     def _first(self) -> Pass | None:
         """Begin a step and return its first pass."""
         self.give_up()  # a step that ended without step(): the trainer's scaler skipped it, or its loop was left
-        self._passes, self._index, self._begun = self.run(), 0, True
+        self._passes, self._begun = self.run(), True
         return next(self._passes, None)
 
     def _after(self, loss: Any) -> Pass | None:
@@ -157,12 +160,11 @@ class SplitOptimizer(SharpnessAwareOptimizer):
             self.skip()
             self._end_passes()
             return None
-        self.note(loss, self._index)
+        self.note(loss, max(self.pass_index, 0))  # a step of the base optimizer counts no passes
         return self._advance()
 
     def _advance(self) -> Pass | None:
         """End a pass and return the next one; None if the direction is found, or the step is skipped."""
-        self._index += 1
         if self._transaction is None:
             # The gradient stays as it is: the trainer's own scaler unscales it.
             self._end_passes()

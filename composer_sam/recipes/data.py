@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from composer_sam.extras import extra
 from composer_sam.recipes.errors import RecipeError
 from composer_sam.recipes.own import own_data
-from composer_sam.recipes.samples import Samples
+from composer_sam.recipes.samples import Samples, divided
 from composer_sam.recipes.schema import Cifar, DataSection, Digits, ImageFolder, OwnData, Text
 from composer_sam.recipes.text import Sequences, read_text
 from composer_sam.recipes.tokenizers import Tokenizer, find_tokenizer
@@ -101,9 +101,7 @@ class Images(Dataset):
 
     def held_out(self, fraction: float, seed: int) -> tuple[Images, Images]:
         """Split off a random ``fraction`` of the images: return the others, and the fraction without augmentation."""
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        few = round(fraction * len(self))
-        chosen, rest = (part.sort().values for part in (order[:few], order[few:]))
+        rest, chosen = divided(len(self), fraction, seed)
 
         def part(indices: Tensor, augment: Transform | None) -> Images:
             # A Subset needs no more of its data set than the methods of a sequence.
@@ -154,9 +152,8 @@ def build_data(section: DataSection, seed: int, pin_memory: bool = False, keep_t
         train, validation = train.held_out(section.validation_fraction, seed)
         if not len(validation):
             raise RecipeError(
-                f'data.validation_fraction: {section.validation_fraction} of {len(train)} training '
-                f'{section.samples} is none; '
-                'choose a larger one, or 0 to test on the test set',
+                f'data.validation_fraction: {section.validation_fraction} of {len(train)} training {section.samples} '
+                'is none; choose a larger one, or 0 to test on the test set',
             )
         if not keep_test:
             test, validation = validation, None

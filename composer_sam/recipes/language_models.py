@@ -49,9 +49,8 @@ def build_language_model(section: CausalLM, tokenizer: Tokenizer, length: int) -
     """
     config = _config(section, tokenizer, length)
     network = _new(section, config) if section.root is None else _loaded(section, section.root, config)
-    if (
-        getattr(network, 'loss_type', None) is None
-    ):  # the classes whose names do not say it, of which transformers warns
+    # transformers warns of classes whose names do not say it.
+    if getattr(network, 'loss_type', None) is None:
         network.loss_type = 'ForCausalLM'
     if section.gradient_checkpointing:
         network.gradient_checkpointing_enable({'use_reentrant': False})

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-__all__ = ['Samples']
+__all__ = ['Samples', 'divided']
 
 
 class Samples(Dataset):
@@ -52,11 +52,17 @@ class Samples(Dataset):
 
     def held_out(self, fraction: float, seed: int) -> tuple[Samples, Samples]:
         """Split off a random ``fraction`` of the samples: return the others, and the fraction."""
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        few = round(fraction * len(self))
 
         def part(chosen: Tensor) -> Samples:
             labels = None if self._labels is None else self._labels[chosen]
             return Samples(self.source, [self.indices[index] for index in chosen.tolist()], labels)
 
-        return part(order[few:].sort().values), part(order[:few].sort().values)
+        rest, few = divided(len(self), fraction, seed)
+        return part(rest), part(few)
+
+
+def divided(count: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Divide the numbers up to ``count`` at random: return the others, and the fraction, each in order."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    few = round(fraction * count)
+    return order[few:].sort().values, order[:few].sort().values

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from composer_sam.recipes.documents import Document, read_documents
 from composer_sam.recipes.errors import RecipeError
+from composer_sam.recipes.samples import divided
 from composer_sam.recipes.text_schema import Text
 from composer_sam.recipes.tokenizers import Tokenizer
 
@@ -44,10 +45,8 @@ class Sequences(Dataset):
 
     def held_out(self, fraction: float, seed: int) -> tuple[Sequences, Sequences]:
         """Split off a random ``fraction`` of the sequences: return the others, and the fraction."""
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        few = round(fraction * len(self))
-        chosen, rest = (part.sort().values for part in (order[:few], order[few:]))
-        return Sequences(self.tokens[rest]), Sequences(self.tokens[chosen])
+        rest, few = divided(len(self), fraction, seed)
+        return Sequences(self.tokens[rest]), Sequences(self.tokens[few])
 
 
 def read_text(section: Text, tokenizer: Tokenizer) -> tuple[Sequences, Sequences]:

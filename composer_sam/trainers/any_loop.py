@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -99,13 +100,10 @@ class LoopOptimizer(SplitOptimizer):
             )
         self.evaluating = True
         try:
-            with self._undone_by_errors():
-                request = self._advance()
-                while request is not None:
+            with contextlib.closing(self._rest(self._advance)) as passes:
+                for _ in passes:
                     self.base_optimizer.zero_grad()
                     again()
-                    request = self._advance()
-                self._rescale()
         finally:
             self.evaluating = False
 

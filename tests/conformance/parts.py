@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from composer_sam import SharpnessAwareOptimizer, registry
 from composer_sam.engine.rule import Method
-from tests.problems import ALONG_THE_STEP_BEFORE, BASES, TWO_CALLS
+from tests.problems import ALONG_THE_STEP_BEFORE, BASES, TWO_CALLS, network
 from tests.reference import specifications
 
 Batch = tuple[Tensor, Tensor]
@@ -140,3 +140,55 @@ def _gradient(network: nn.Module, batch: Batch, pieces: specifications.Pieces, g
 
     gradient.outputs, gradient.loss = outputs, loss  # pyright: ignore[reportFunctionMemberAccess] (FunctionalSAM's)
     return gradient
+
+
+CLIP = 0.05  # what by_passes clips to, so that every step is clipped
+
+
+def by_passes(
+    method: Method,
+    data: Sequence[Batch],
+    accumulate: int = 1,
+    base: str = 'SGD',
+    clip: float | None = CLIP,
+    schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
+    autocast: torch.dtype | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> tuple[nn.Module, SharpnessAwareOptimizer, list[Tensor]]:
+    """What a trainer's run must end in: a plain loop over passes, whose base optimizer clips what it is given.
+
+    Returns:
+        The model, its optimizer, and the losses of all micro-batches in the pass that counts.
+    """
+    torch.manual_seed(3)
+    model = network()
+    made_base = BASES[base](model.parameters())
+    if clip is not None:
+        made_base.register_step_pre_hook(clipping(model, clip))
+    scheduler = None if schedule is None else schedule(made_base)
+    optimizer = SharpnessAwareOptimizer(made_base, method, model, scaler)
+    losses: list[Tensor] = []
+    for first in range(0, len(data), accumulate):
+        for number in optimizer.passes():
+            optimizer.zero_grad()
+            for batch in data[first : first + accumulate]:
+                with torch.autocast('cpu', autocast, enabled=autocast is not None):
+                    loss = loss_of(model, number.part(batch)) / accumulate
+                scaled: Any = loss if scaler is None else scaler.scale(loss)
+                scaled.backward(create_graph=method.backwards_create_graph)
+                if number == (0 if method.ascent_fraction == 1 else 1):
+                    losses.append(loss.detach())
+        if scaler is not None:
+            scaler.update()
+        if scheduler is not None:
+            scheduler.step()
+    return model, optimizer, losses
+
+
+def clipping(model: nn.Module, most: float) -> Callable[..., None]:
+    """The hook of a base optimizer that clips the norm of what it steps with."""
+
+    def clip(*_: Any) -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), most)
+
+    return clip

@@ -12,13 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from composer_sam import GAM, MSAM, SAM, LoopOptimizer, SharpnessAwareOptimizer
+from composer_sam import GAM, MSAM, SAM, LoopOptimizer
 from composer_sam.methods.base import SharpnessAware
-from tests.conformance.parts import METHODS, loss_of
+from tests.conformance.parts import CLIP, METHODS, by_passes, loss_of
 from tests.problems import BASES, batches, made, network, same, snapshot
 
 Batch = tuple[Tensor, Tensor]
-CLIP = 0.05
 
 
 def steps(
@@ -32,19 +31,19 @@ def steps(
     graph = optimizer.method.backwards_create_graph
     losses: list[Tensor] = []
 
-    def backward(window: Sequence[Batch]) -> Tensor:
-        total = torch.zeros(())
+    def backward(window: Sequence[Batch]) -> list[Tensor]:
+        found: list[Tensor] = []
         for batch in window:
             loss = loss_of(model, batch) / accumulate
             scaled: Any = loss if scaler is None else scaler.scale(loss)
             scaled.backward(create_graph=graph)
-            total += loss.detach()
-        return total
+            found.append(loss.detach())
+        return found
 
     for first in range(0, len(data), accumulate):
         window = data[first : first + accumulate]
         optimizer.zero_grad()
-        losses.append(backward(window))
+        losses += backward(window)
         optimizer.other_passes(functools.partial(backward, window))
         if scaler is not None:
             scaler.unscale_(optimizer)
@@ -57,31 +56,6 @@ def steps(
     return losses
 
 
-def by_passes(
-    method: SharpnessAware, data: Sequence[Batch], accumulate: int
-) -> tuple[nn.Module, SharpnessAwareOptimizer, list[Tensor]]:
-    model = network()
-    base = BASES['SGD'](model.parameters())
-    base.register_step_pre_hook(lambda *_: _nothing(nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
-    optimizer = SharpnessAwareOptimizer(base, method, model)
-    losses: list[Tensor] = []
-    for first in range(0, len(data), accumulate):
-        for number in optimizer.passes():
-            optimizer.zero_grad()
-            total = torch.zeros(())
-            for batch in data[first : first + accumulate]:
-                loss = loss_of(model, batch) / accumulate
-                loss.backward(create_graph=method.backwards_create_graph)
-                total += loss.detach()
-            if number == 0:
-                losses.append(total)
-    return model, optimizer, losses
-
-
-def _nothing(_: Any) -> None:
-    """A hook must return nothing."""
-
-
 def looped(method: SharpnessAware, **options: Any) -> tuple[nn.Module, LoopOptimizer]:
     model = network()
     return model, LoopOptimizer(BASES['SGD'](model.parameters()), method, model, **options)
@@ -92,7 +66,6 @@ def looped(method: SharpnessAware, **options: Any) -> tuple[nn.Module, LoopOptim
 def test_one_line_after_the_backward_is_a_loop_over_passes(name: str, accumulate: int) -> None:
     method = made(name, **({} if name in ('LookSAM', 'AESAM') else {'interval': 2}))
     data = batches(6 * accumulate)
-    torch.manual_seed(3)
     model, optimizer, losses = by_passes(method, data, accumulate)
     end = torch.get_rng_state()
     torch.manual_seed(3)
@@ -106,7 +79,6 @@ def test_one_line_after_the_backward_is_a_loop_over_passes(name: str, accumulate
 
 def test_a_scaler_stays_where_it_is() -> None:
     data = batches(6)
-    torch.manual_seed(3)
     model, _, _ = by_passes(SAM(rho=0.1, interval=2), data, 1)
     torch.manual_seed(3)
     scaler = torch.amp.GradScaler('cpu', init_scale=512.0, growth_interval=3)
@@ -136,7 +108,6 @@ def test_an_overflow_in_the_second_pass_skips_the_step() -> None:
 
 def test_the_compiled_model_is_the_one_to_give() -> None:
     data = batches(3)
-    torch.manual_seed(3)
     model, _, _ = by_passes(MSAM(rho=0.1), data, 1)
     torch.manual_seed(3)
     own = network()

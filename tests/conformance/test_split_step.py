@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from composer_sam import SAM, SharpnessAwareOptimizer
+from composer_sam import SAM
 from composer_sam.engine.pass_number import PassNumber
 from composer_sam.engine.rule import Pass
 from composer_sam.engine.split_step import SplitOptimizer
 from composer_sam.methods.base import SharpnessAware
 from composer_sam.trainers.batches import MicroBatches
 from composer_sam.trainers.host import Length, SplitHost, TrainerMoment
-from tests.conformance.parts import METHODS, loss_of
+from tests.conformance.parts import CLIP, METHODS, by_passes, loss_of
 from tests.problems import BASES, batches, made, network, same, snapshot, with_all_passes
 
 Batch = tuple[Tensor, Tensor]
@@ -32,7 +32,7 @@ class Trainer:
         method: SharpnessAware,
         accumulate: int,
         base: str = 'SGD',
-        clip: float | None = 0.05,
+        clip: float | None = CLIP,
         scaler: torch.amp.GradScaler | None = None,
         between: Callable[[], object] = lambda: None,
     ):
@@ -64,8 +64,8 @@ class Trainer:
             seen.see(batch)
             if number == 0:
                 request = self.optimizer.begin(lambda r: self._evaluate(whole, r))
-            total += self._backward(batch, request)
-        self.losses.append(total)
+            self.losses.append(self._backward(batch, request))
+            total += self.losses[-1]
         self.optimizer.finish_passes(total, lambda r: self._evaluate(seen, r))
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
@@ -94,45 +94,12 @@ class Trainer:
         return loss.detach()
 
 
-def by_passes(
-    method: SharpnessAware,
-    data: Sequence[Batch],
-    accumulate: int,
-    base: str = 'SGD',
-    clip: float | None = 0.05,
-) -> tuple[nn.Module, SharpnessAwareOptimizer, list[Tensor]]:
-    """The same by a loop over passes, whose base optimizer clips what it is given."""
-    model = network()
-    made_base = BASES[base](model.parameters())
-    if clip is not None:
-        made_base.register_step_pre_hook(lambda *_: void(nn.utils.clip_grad_norm_(model.parameters(), clip)))
-    optimizer = SharpnessAwareOptimizer(made_base, method, model)
-    losses: list[Tensor] = []
-    for first in range(0, len(data), accumulate):
-        window = data[first : first + accumulate]
-        for number in optimizer.passes():
-            total = torch.zeros(())
-            optimizer.zero_grad()
-            for batch in window:
-                loss = loss_of(model, number.part(batch)) / accumulate
-                loss.backward(create_graph=method.backwards_create_graph)
-                total += loss.detach()
-            if number == (0 if method.ascent_fraction == 1 else 1):
-                losses.append(total)
-    return model, optimizer, losses
-
-
-def void(_: Any) -> None:
-    """A hook must return nothing."""
-
-
 @pytest.mark.parametrize('base', list(BASES))
 @pytest.mark.parametrize('accumulate', [1, 3])
 @pytest.mark.parametrize('name', METHODS)
 def test_a_trainers_steps_are_those_of_a_loop_over_passes(name: str, accumulate: int, base: str) -> None:
     values: dict[str, Any] = {} if name in ('LookSAM', 'AESAM') else {'interval': 2}
     data = batches(6 * accumulate)
-    torch.manual_seed(3)
     model, optimizer, losses = by_passes(made(name, **values), data, accumulate, base)
     end = torch.get_rng_state()
     torch.manual_seed(3)
@@ -148,7 +115,6 @@ def test_a_trainers_steps_are_those_of_a_loop_over_passes(name: str, accumulate:
 @pytest.mark.parametrize('accumulate', [1, 2])
 def test_a_part_of_every_micro_batch_finds_the_perturbation(name: str, accumulate: int) -> None:
     data = batches(4 * accumulate)
-    torch.manual_seed(3)
     method = made(name, ascent_fraction=0.4)
     model, _, losses = by_passes(method, data, accumulate)
     torch.manual_seed(3)

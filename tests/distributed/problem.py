@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ranks import gathered
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.tensor import DTensor
@@ -24,11 +25,15 @@ __all__ = [
     'SYNCHRONISED',
     'Fault',
     'Network',
+    'assert_ranks_equal',
+    'base_of',
     'batches',
     'bits',
+    'by_passes',
     'closure_for',
     'counted_reductions',
     'flat',
+    'loss_of',
     'sam_by_hand',
     'train',
     'union',
@@ -195,3 +200,37 @@ def flat(model: nn.Module) -> Tensor:
 def bits(model: nn.Module) -> list[Tensor]:
     """Copies of what this rank itself holds."""
     return [(p.to_local() if isinstance(p, DTensor) else p).detach().clone() for p in model.parameters()]
+
+
+# What a trainer's run on several ranks must end in.
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    found = model(batch[0])
+    of = nn.functional.mse_loss if batch[1].is_floating_point() else nn.functional.cross_entropy
+    return of(found, batch[1])
+
+
+def base_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+
+
+def by_passes(method: Any, data: Sequence[Batch], model: nn.Module, accumulate: int = 1) -> SharpnessAwareOptimizer:
+    """Train in a plain loop, with the model's own no_sync; FSDP2 has none."""
+    torch.manual_seed(3 + dist.get_rank())
+    optimizer = SharpnessAwareOptimizer(base_of(model), method, model)
+    no_sync: Any = getattr(model, 'no_sync', contextlib.nullcontext)
+    for first in range(0, len(data), accumulate):
+        window = data[first : first + accumulate]
+        for number in optimizer.passes():
+            optimizer.zero_grad()
+            for batch in window:
+                with contextlib.nullcontext() if batch is window[-1] else no_sync():
+                    loss = loss_of(model, number.part(batch)) / accumulate
+                    loss.backward(create_graph=method.backwards_create_graph)
+    return optimizer
+
+
+def assert_ranks_equal(model: nn.Module) -> None:
+    first, *others = gathered(flat(model))
+    assert all(torch.equal(first, other) for other in others), 'the ranks hold different weights'

@@ -12,12 +12,11 @@ pytest.importorskip('accelerate', reason="accelerate is not installed: pip insta
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from problem import METHODS, Network, batches, counted_reductions, flat
-from ranks import gathered, two_ranks
+from problem import METHODS, Network, assert_ranks_equal, base_of, batches, by_passes, counted_reductions, flat, loss_of
+from ranks import two_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from composer_sam import SharpnessAwareOptimizer
 from composer_sam.methods.base import SharpnessAware
 from composer_sam.trainers.accelerate import SharpnessAwareSteps
 from tests.problems import made, needs_graph
@@ -30,42 +29,19 @@ def with_accelerate(method: SharpnessAware, data: Sequence[Batch], accumulate: i
     try:
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
         model = Network()
-        model, optimizer = accelerator.prepare(model, _base(model))
+        model, optimizer = accelerator.prepare(model, base_of(model))
         assert isinstance(model, DistributedDataParallel)
         steps = SharpnessAwareSteps(accelerator, method, model, optimizer)
         with counted_reductions(model) as reductions:
             for step in steps(data):
-                for x, y in step:
-                    accelerator.backward(nn.functional.cross_entropy(model(x), y))
+                for batch in step:
+                    accelerator.backward(loss_of(model, batch))
                 optimizer.step()
                 optimizer.zero_grad()
         return model, reductions
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-
-
-def by_passes(method: SharpnessAware, data: Sequence[Batch], accumulate: int) -> nn.Module:
-    """The same in a plain loop, with DistributedDataParallel's own no_sync."""
-    model = DistributedDataParallel(Network())
-    optimizer = SharpnessAwareOptimizer(_base(model), method, model)
-    for first in range(0, len(data), accumulate):
-        window = data[first : first + accumulate]
-        for _ in optimizer.passes():
-            optimizer.zero_grad()
-            with model.no_sync():
-                for batch in window[:-1]:
-                    _backward(model, batch, accumulate)
-            _backward(model, window[-1], accumulate)
-    return model
-
-
-def _base(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
-
-
-def _backward(model: nn.Module, batch: Batch, accumulate: int) -> None:
-    (nn.functional.cross_entropy(model(batch[0]), batch[1]) / accumulate).backward()
 
 
 def _windows() -> Iterator[tuple[bool, int]]:
@@ -82,10 +58,11 @@ def test_its_steps_are_those_of_a_plain_loop_and_ranks_stay_equal(name: str) -> 
         if sync and name in ('MSAM', 'DPSAT'):  # their first pass finds no perturbation
             continue
         method = made(name, **({'sync_first_pass': True} if sync else {}))
-        found = flat(with_accelerate(method, data, accumulate)[0])
-        assert torch.equal(found, flat(by_passes(method, data, accumulate)))
-        first, *others = gathered(found)
-        assert all(torch.equal(first, other) for other in others), 'the ranks hold different weights'
+        found, _ = with_accelerate(method, data, accumulate)
+        model = DistributedDataParallel(Network())
+        by_passes(method, data, model, accumulate)
+        assert torch.equal(flat(found), flat(model))
+        assert_ranks_equal(found)
 
 
 @two_ranks

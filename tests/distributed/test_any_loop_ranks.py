@@ -8,33 +8,29 @@ from collections.abc import Sequence
 import pytest
 import torch
 import torch.distributed as dist
-from problem import METHODS, Network, batches, counted_reductions, flat
-from ranks import gathered, two_ranks
+from problem import METHODS, Network, assert_ranks_equal, base_of, batches, by_passes, counted_reductions, flat, loss_of
+from ranks import two_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from composer_sam import LoopOptimizer, SharpnessAwareOptimizer
+from composer_sam import LoopOptimizer
 from composer_sam.methods.base import SharpnessAware
 from tests.problems import made, needs_graph
 
 Batch = tuple[Tensor, Tensor]
 
 
-def _base(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
-
-
 def _backward(model: DistributedDataParallel, window: Sequence[Batch]) -> None:
     """Forward and backward of all micro-batches, which averages gradients over ranks after the last one."""
-    for number, (x, y) in enumerate(window, start=1):
+    for number, batch in enumerate(window, start=1):
         with contextlib.nullcontext() if number == len(window) else model.no_sync():
-            (nn.functional.cross_entropy(model(x), y) / len(window)).backward()
+            (loss_of(model, batch) / len(window)).backward()
 
 
 def looped(method: SharpnessAware, data: Sequence[Batch], accumulate: int) -> tuple[nn.Module, list[str]]:
     """The loop, and the reductions over ranks."""
     model = DistributedDataParallel(Network())
-    optimizer = LoopOptimizer(_base(model), method, model)
+    optimizer = LoopOptimizer(base_of(model), method, model)
     with counted_reductions(model) as reductions:
         for first in range(0, len(data), accumulate):
             window = data[first : first + accumulate]
@@ -46,25 +42,16 @@ def looped(method: SharpnessAware, data: Sequence[Batch], accumulate: int) -> tu
     return model, reductions
 
 
-def by_passes(method: SharpnessAware, data: Sequence[Batch], accumulate: int) -> nn.Module:
-    model = DistributedDataParallel(Network())
-    optimizer = SharpnessAwareOptimizer(_base(model), method, model)
-    for first in range(0, len(data), accumulate):
-        for _ in optimizer.passes():
-            optimizer.zero_grad()
-            _backward(model, data[first : first + accumulate])
-    return model
-
-
 @two_ranks
 @pytest.mark.parametrize('name', [name for name in METHODS if not needs_graph(name)])
 def test_its_steps_are_those_of_a_loop_over_passes_and_ranks_stay_equal(name: str) -> None:
     data = batches(dist.get_rank(), 6)
     for accumulate in (1, 3):
-        found = flat(looped(made(name), data, accumulate)[0])
-        assert torch.equal(found, flat(by_passes(made(name), data, accumulate)))
-        first, *others = gathered(found)
-        assert all(torch.equal(first, other) for other in others), 'the ranks hold different weights'
+        found, _ = looped(made(name), data, accumulate)
+        model = DistributedDataParallel(Network())
+        by_passes(made(name), data, model, accumulate)
+        assert torch.equal(flat(found), flat(model))
+        assert_ranks_equal(found)
 
 
 @two_ranks

@@ -15,6 +15,7 @@ from problem import (
     STEPS,
     SYNCHRONISED,
     Network,
+    assert_ranks_equal,
     batches,
     bits,
     closure_for,
@@ -24,7 +25,7 @@ from problem import (
     train,
     union,
 )
-from ranks import gathered, two_ranks
+from ranks import two_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
@@ -35,11 +36,6 @@ from tests.problems import made, mostly_slow, needs_graph, with_all_passes
 RHO = 0.3
 every_method = pytest.mark.parametrize('name', METHODS)
 every_synchronised_method = pytest.mark.parametrize('name', SYNCHRONISED)
-
-
-def assert_ranks_equal(model: nn.Module) -> None:
-    first, *others = gathered(flat(model))
-    assert all(torch.equal(first, other) for other in others), 'the ranks hold different weights'
 
 
 @two_ranks

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,8 +16,20 @@ pytest.importorskip('lightning.pytorch', reason="lightning is not installed: pip
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
-from problem import METHODS, SYNCHRONISED, Network, batches, bits, counted_reductions, flat
-from ranks import gathered, two_ranks
+from problem import (
+    METHODS,
+    SYNCHRONISED,
+    Network,
+    assert_ranks_equal,
+    base_of,
+    batches,
+    bits,
+    by_passes,
+    counted_reductions,
+    flat,
+    loss_of,
+)
+from ranks import two_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -66,7 +77,7 @@ class Module(pl.LightningModule):
         return loss_of(self, batch)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return _base(self)
+        return base_of(self)
 
     def on_train_start(self) -> None:
         torch.manual_seed(3 + dist.get_rank())
@@ -90,26 +101,13 @@ class Counts(pl.Callback):
         self._counting.close()
 
 
-def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    found = model(batch[0])
-    of = nn.functional.mse_loss if batch[1].is_floating_point() else nn.functional.cross_entropy
-    return of(found, batch[1])
-
-
-def _base(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
-
-
 def fit(module: Module, data: Sequence[Batch], strategy: str | Strategy = 'ddp', **options: Any) -> None:
     """Fit a module on all ranks."""
     world_size = os.environ['WORLD_SIZE']
     try:
-        with warnings.catch_warnings():
-            # Lightning: it asks for the leaves of its loaders in a way that torch 2.15 calls old.
-            warnings.filterwarnings('ignore', r'`isinstance\(treespec, LeafSpec\)` is deprecated', FutureWarning)
-            pl.Trainer(accelerator='cpu', devices=2, strategy=strategy, max_epochs=1, **{**QUIET, **options}).fit(
-                module, Loader(data)
-            )
+        pl.Trainer(accelerator='cpu', devices=2, strategy=strategy, max_epochs=1, **{**QUIET, **options}).fit(
+            module, Loader(data)
+        )
     finally:
         os.environ['WORLD_SIZE'] = world_size  # Lightning removes it
 
@@ -126,29 +124,6 @@ def fitted(
     callback, counts = SharpnessAware(method), Counts()
     fit(module, data, strategy, callbacks=[counts, callback], **options)
     return module, callback, counts.reductions
-
-
-def by_passes(
-    method: MethodOfComposerSAM, data: Sequence[Batch], model: nn.Module, accumulate: int = 1
-) -> SharpnessAwareOptimizer:
-    """The same in a plain loop, with the model's own no_sync; FSDP2 has none."""
-    torch.manual_seed(3 + dist.get_rank())
-    optimizer = SharpnessAwareOptimizer(_base(model), method, model)
-    for first in range(0, len(data), accumulate):
-        window = data[first : first + accumulate]
-        for number in optimizer.passes():
-            optimizer.zero_grad()
-            for batch in window:
-                no_sync: Any = getattr(model, 'no_sync', contextlib.nullcontext)
-                with contextlib.nullcontext() if batch is window[-1] else no_sync():
-                    loss = loss_of(model, number.part(batch)) / accumulate
-                    loss.backward(create_graph=method.backwards_create_graph)
-    return optimizer
-
-
-def assert_ranks_equal(model: nn.Module) -> None:
-    first, *others = gathered(flat(model))
-    assert all(torch.equal(first, other) for other in others), 'the ranks hold different weights'
 
 
 @two_ranks
@@ -277,7 +252,7 @@ def test_manual_optimization_wraps_the_optimizer_itself(name: str) -> None:
             self.automatic_optimization = False
 
         def configure_optimizers(self) -> Any:
-            return SharpnessAwareOptimizer(_base(self), made(name), self.trainer.model)
+            return SharpnessAwareOptimizer(base_of(self), made(name), self.trainer.model)
 
         def training_step(self, batch: Batch, batch_idx: int) -> Any:
             optimizer: Any = self.optimizers()

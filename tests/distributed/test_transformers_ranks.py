@@ -26,6 +26,7 @@ from composer_sam import SharpnessAwareOptimizer
 from composer_sam.engine.step import MEMORY_PREFIX
 from composer_sam.methods.base import SharpnessAware
 from composer_sam.trainers.transformers.memory import share_memory
+from tests.conformance.parts import clipping
 from tests.hosts.small_trainers import (
     CLIP,
     SIZE,
@@ -67,7 +68,7 @@ def by_passes(
     """The same in a plain loop, with DistributedDataParallel's own no_sync."""
     model = DistributedDataParallel(whole)
     base = BASES['SGD'](model.parameters())
-    base.register_step_pre_hook(lambda *_: _nothing(nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
+    base.register_step_pre_hook(clipping(model, CLIP))
     optimizer = SharpnessAwareOptimizer(base, method, model)
     for first in range(0, len(data), accumulate):
         window = data[first : first + accumulate]
@@ -78,10 +79,6 @@ def by_passes(
                 with contextlib.nullcontext() if place == len(window) else model.no_sync():
                     loss_of(model, inputs, parts).backward(create_graph=method.backwards_create_graph)
     return model, optimizer
-
-
-def _nothing(_: Any) -> None:
-    """A hook must return nothing."""
 
 
 def _classifiers_loss(model: nn.Module, inputs: Inputs, window: Sequence[Inputs]) -> torch.Tensor:

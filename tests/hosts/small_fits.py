@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from composer_sam import SharpnessAwareOptimizer
 from composer_sam.methods.base import SharpnessAware as MethodOfComposerSAM
 from composer_sam.trainers.lightning import SharpnessAware
-from tests.conformance.parts import loss_of
+from tests.conformance.parts import CLIP, by_passes, loss_of
 from tests.problems import BASES, network, same
 
 __all__ = [
-    'OF_LIGHTNING',
     'Batch',
     'Loader',
     'Module',
@@ -39,9 +38,6 @@ __all__ = [
     'wrapped',
 ]
 
-# Lightning: it asks for the leaves of its loaders in a way that torch 2.15 calls old.
-OF_LIGHTNING = r'ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning'
-CLIP = 0.05
 Batch = tuple[Tensor, Tensor]
 
 
@@ -146,46 +142,6 @@ def fitted(
 def wrapped(callback: SharpnessAware) -> SharpnessAwareOptimizer:
     assert callback.optimizer is not None
     return callback.optimizer
-
-
-def by_passes(
-    method: MethodOfComposerSAM,
-    data: Sequence[Batch],
-    accumulate: int = 1,
-    base: str = 'SGD',
-    clip: float | None = CLIP,
-    schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
-    autocast: torch.dtype | None = None,
-    scaler: torch.amp.GradScaler | None = None,
-) -> tuple[nn.Module, SharpnessAwareOptimizer, list[Tensor]]:
-    """The same in a plain loop, whose base optimizer clips what it is given; with the losses of all micro-batches."""
-    torch.manual_seed(3)
-    model = network()
-    made_base = BASES[base](model.parameters())
-    if clip is not None:
-        made_base.register_step_pre_hook(lambda *_: _nothing(nn.utils.clip_grad_norm_(model.parameters(), clip)))
-    scheduler = None if schedule is None else schedule(made_base)
-    optimizer = SharpnessAwareOptimizer(made_base, method, model, scaler)
-    losses: list[Tensor] = []
-    for first in range(0, len(data), accumulate):
-        for number in optimizer.passes():
-            optimizer.zero_grad()
-            for batch in data[first : first + accumulate]:
-                with torch.autocast('cpu', autocast, enabled=autocast is not None):
-                    loss = loss_of(model, number.part(batch)) / accumulate
-                scaled = loss if scaler is None else scaler.scale(loss)
-                scaled.backward(create_graph=method.backwards_create_graph)  # pyright: ignore[reportAttributeAccessIssue]
-                if number == (0 if method.ascent_fraction == 1 else 1):
-                    losses.append(loss.detach())
-        if scaler is not None:
-            scaler.update()
-        if scheduler is not None:
-            scheduler.step()
-    return model, optimizer, losses
-
-
-def _nothing(_: Any) -> None:
-    """A hook must return nothing."""
 
 
 def parameters_of(module: nn.Module) -> list[Tensor]:

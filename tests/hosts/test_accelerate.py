@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 pytest.importorskip('accelerate', reason="accelerate is not installed: pip install 'composer-sam[accelerate]'")
@@ -17,14 +17,13 @@ pytest.importorskip('accelerate', reason="accelerate is not installed: pip insta
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-from composer_sam import SAM, SharpnessAwareOptimizer
+from composer_sam import SAM
 from composer_sam.methods.base import SharpnessAware
 from composer_sam.trainers.accelerate import SharpnessAwareSteps
-from tests.conformance.parts import METHODS, loss_of
+from tests.conformance.parts import CLIP, METHODS, by_passes, loss_of
 from tests.problems import BASES, batches, made, network, same, snapshot
 
 Batch = tuple[Tensor, Tensor]
-CLIP = 0.05
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +32,10 @@ def fresh_state() -> Iterator[None]:
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def schedule(base: torch.optim.Optimizer) -> torch.optim.lr_scheduler.StepLR:
+    return torch.optim.lr_scheduler.StepLR(base, 2, 0.5)
 
 
 class Run:
@@ -50,7 +53,7 @@ class Run:
         self.accelerator.scaler = scaler
         model = network()
         made_base = BASES[base](model.parameters())
-        scheduler = torch.optim.lr_scheduler.StepLR(made_base, 2, 0.5)
+        scheduler = schedule(made_base)
         self.model, self.optimizer, self.scheduler = self.accelerator.prepare(model, made_base, scheduler)
         if scaler is not None:  # so that clip_grad_norm_ unscales
             self.accelerator.native_amp = True
@@ -60,13 +63,11 @@ class Run:
 
     def fit(self, data: Sequence[Batch]) -> Run:
         for step in self.steps(data):
-            total = torch.zeros(())
             for batch in step:
                 loss = loss_of(self.model, batch)
                 self.accelerator.backward(loss, create_graph=self.steps.optimizer.method.backwards_create_graph)
                 if step.counts:
-                    total += loss.detach()
-            self.losses.append(total)
+                    self.losses.append(loss.detach() / self.accelerator.gradient_accumulation_steps)
             self.accelerator.clip_grad_norm_(self.model.parameters(), CLIP)
             self.optimizer.step()
             self.scheduler.step()
@@ -74,37 +75,8 @@ class Run:
         return self
 
 
-def by_passes(
-    method: SharpnessAware, data: Sequence[Batch], accumulate: int, base: str = 'SGD'
-) -> tuple[nn.Module, SharpnessAwareOptimizer, list[Tensor]]:
-    """The same in a plain loop, whose base optimizer clips what it is given."""
-    model = network()
-    made_base = BASES[base](model.parameters())
-    scheduler = torch.optim.lr_scheduler.StepLR(made_base, 2, 0.5)
-    made_base.register_step_pre_hook(lambda *_: _nothing(nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
-    optimizer = SharpnessAwareOptimizer(made_base, method, model)
-    losses: list[Tensor] = []
-    for first in range(0, len(data), accumulate):
-        for number in optimizer.passes():
-            optimizer.zero_grad()
-            total = torch.zeros(())
-            for batch in data[first : first + accumulate]:
-                loss = loss_of(model, number.part(batch))
-                (loss / accumulate).backward(create_graph=method.backwards_create_graph)
-                total += loss.detach()
-            if number == (0 if method.ascent_fraction == 1 else 1):
-                losses.append(total)
-        scheduler.step()
-    return model, optimizer, losses
-
-
-def _nothing(_: Any) -> None:
-    """A hook must return nothing."""
-
-
 def assert_same_run(method: SharpnessAware, data: Sequence[Batch], accumulate: int, base: str = 'SGD') -> Run:
-    torch.manual_seed(3)
-    model, optimizer, losses = by_passes(method, data, accumulate, base)
+    model, optimizer, losses = by_passes(method, data, accumulate, base, schedule=schedule)
     end = torch.get_rng_state()
     torch.manual_seed(3)
     run = Run(method, accumulate, base).fit(data)

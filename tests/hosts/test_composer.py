@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 pytest.importorskip('composer', reason="composer is not installed: pip install 'composer-sam[composer]'")
@@ -17,32 +13,10 @@ from composer.algorithms import GradientClipping
 from composer.models import ComposerClassifier
 
 from composer_sam import SharpnessAwareOptimizer
-from composer_sam.methods.base import SharpnessAware
-from tests.conformance.parts import METHODS, loss_of
+from tests.conformance.parts import CLIP, METHODS, by_passes
 from tests.problems import BASES, batches, made, network, same
 
-SIZE, CLIP = 12, 0.05
-
-
-def by_passes(
-    method: SharpnessAware, data: Sequence[tuple[Tensor, Tensor]], microbatch: int
-) -> tuple[nn.Module, SharpnessAwareOptimizer]:
-    """A plain loop, whose base optimizer clips what it is given."""
-    model = network()
-    base = BASES['SGD'](model.parameters())
-    base.register_step_pre_hook(lambda *_: _nothing(nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
-    optimizer = SharpnessAwareOptimizer(base, method, model)
-    for x, y in data:
-        for _ in optimizer.passes():
-            optimizer.zero_grad()
-            for piece in zip(x.split(microbatch), y.split(microbatch), strict=True):
-                loss = loss_of(model, piece) * (microbatch / SIZE)
-                loss.backward(create_graph=method.backwards_create_graph)
-    return model, optimizer
-
-
-def _nothing(_: Any) -> None:
-    """A hook must return nothing."""
+SIZE = 12
 
 
 @pytest.mark.parametrize('microbatch', [12, 4])
@@ -50,8 +24,8 @@ def _nothing(_: Any) -> None:
 def test_its_steps_are_those_of_a_plain_loop(name: str, microbatch: int) -> None:
     method = made(name, **({} if name in ('LookSAM', 'AESAM') else {'interval': 2}))
     data = batches(6, size=SIZE)
-    torch.manual_seed(3)
-    model, optimizer = by_passes(method, data, microbatch)
+    pieces = [piece for x, y in data for piece in zip(x.split(microbatch), y.split(microbatch), strict=True)]
+    model, optimizer, _ = by_passes(method, pieces, SIZE // microbatch)
 
     module = network()
     base = BASES['SGD'](module.parameters())

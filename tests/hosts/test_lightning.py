@@ -23,7 +23,6 @@ from composer_sam.trainers.lightning import SharpnessAware
 from composer_sam.vectors import axpy
 from tests.conformance.parts import METHODS, loss_of
 from tests.hosts.small_fits import (
-    OF_LIGHTNING,
     Batch,
     Loader,
     Module,
@@ -38,8 +37,6 @@ from tests.hosts.small_fits import (
     wrapped,
 )
 from tests.problems import BASES, batches, made, network, same
-
-pytestmark = pytest.mark.filterwarnings(OF_LIGHTNING)
 
 
 @pytest.mark.parametrize('accumulate', [1, 3])

@@ -14,10 +14,8 @@ import lightning.pytorch as pl
 
 from composer_sam import SAM
 from composer_sam.trainers.lightning import SharpnessAware
-from tests.hosts.small_fits import OF_LIGHTNING, Batch, Loader, Module, assert_detached, by_passes, trainer, wrapped
+from tests.hosts.small_fits import Batch, Loader, Module, assert_detached, by_passes, trainer, wrapped
 from tests.problems import batches, made, network, same, snapshot
-
-pytestmark = pytest.mark.filterwarnings(OF_LIGHTNING)
 
 
 class Fails(Module):

@@ -16,10 +16,8 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from composer_sam import SAM
-from tests.hosts.small_fits import OF_LIGHTNING, Batch, Module, Numbers, fitted
+from tests.hosts.small_fits import Batch, Module, Numbers, fitted
 from tests.problems import batches, made, same
-
-pytestmark = pytest.mark.filterwarnings(OF_LIGHTNING)
 
 
 class Logs(Module):

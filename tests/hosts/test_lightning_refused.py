@@ -21,7 +21,6 @@ from composer_sam.trainers.lightning import SharpnessAware
 from composer_sam.trainers.lightning.checks import check
 from tests.conformance.parts import loss_of
 from tests.hosts.small_fits import (
-    OF_LIGHTNING,
     Batch,
     Loader,
     Module,
@@ -33,8 +32,6 @@ from tests.hosts.small_fits import (
     wrapped,
 )
 from tests.problems import BASES, batches, made, same
-
-pytestmark = pytest.mark.filterwarnings(OF_LIGHTNING)
 
 
 def test_what_is_not_a_method_is_refused() -> None:

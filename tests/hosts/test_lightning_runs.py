@@ -23,7 +23,6 @@ from composer_sam import SAM
 from composer_sam.trainers.lightning import SharpnessAware
 from tests.conformance.parts import loss_of
 from tests.hosts.small_fits import (
-    OF_LIGHTNING,
     Batch,
     Loader,
     Module,
@@ -36,8 +35,6 @@ from tests.hosts.small_fits import (
     wrapped,
 )
 from tests.problems import batches, made, same
-
-pytestmark = pytest.mark.filterwarnings(OF_LIGHTNING)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from torchvision.datasets import FakeData
 from torchvision.transforms.functional import to_tensor
 
 from composer_sam import SAM, SharpnessAwareOptimizer
+from tests.conformance.parts import clipping
 from tests.problems import same
 
 # torchvision's FakeData makes its images the way that Pillow deprecates.
@@ -75,7 +76,7 @@ def by_passes(name: str) -> nn.Module:
     base: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     if name == 'timm':
         base = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.05)
-    base.register_step_pre_hook(lambda *_: _nothing(nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+    base.register_step_pre_hook(clipping(model, 0.5))
     optimizer = SharpnessAwareOptimizer(base, SAM(rho=0.05), model)
     data = images()
     torch.manual_seed(1)
@@ -88,10 +89,6 @@ def by_passes(name: str) -> nn.Module:
                         loss = nn.functional.cross_entropy(model(x), y) / accumulate
                     loss.backward()
     return model
-
-
-def _nothing(_: Any) -> None:
-    """A hook must return nothing."""
 
 
 @pytest.mark.parametrize('name', ['torchvision', 'timm'])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from composer_sam.engine.rule import Method
+from composer_sam.engine.rule import Method, check_method
 from composer_sam.engine.split_step import SplitOptimizer
 from composer_sam.trainers.lightning.checks import check
 from composer_sam.trainers.lightning.package import pl
@@ -96,8 +96,7 @@ class SharpnessAware(pl.Callback):
     """
 
     def __init__(self, method: Method):
-        if not isinstance(method, Method):
-            raise TypeError(f"method must be one of composer_sam's methods, for example SAM(rho=0.05), got {method!r}")
+        check_method(method)
         self.method = method
         self.optimizer: SplitOptimizer | None = None
         self._attached = contextlib.ExitStack()

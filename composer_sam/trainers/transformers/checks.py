@@ -8,9 +8,7 @@ import transformers
 from transformers import Trainer
 from transformers.utils import is_sagemaker_mp_enabled
 
-from composer_sam.engine.rule import Method
-
-__all__ = ['check_class', 'check_method', 'check_trainer', 'not_called']
+__all__ = ['check_class', 'check_trainer', 'not_called']
 
 _VERSIONS = 'transformers 4.51 to 5.x'
 _HOOKS = ('add_callback', 'get_batch_samples', 'log', 'remove_callback', 'train', 'training_step')
@@ -19,12 +17,6 @@ _GENERATING = frozenset(
     ('GKDTrainer', 'GRPOTrainer', 'NashMDTrainer', 'OnlineDPOTrainer', 'PPOTrainer', 'RLOOTrainer', 'XPOTrainer')
 )
 _STEP_IN_BACKWARD = ('lomo', 'adalomo')
-
-
-def check_method(method: object) -> None:
-    """Raise TypeError for what is not a method."""
-    if not isinstance(method, Method):
-        raise TypeError(f"method must be one of composer_sam's methods, for example SAM(rho=0.05), got {method!r}")
 
 
 def check_class(trainer: type[Any]) -> None:

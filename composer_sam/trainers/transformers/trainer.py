@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
 
-from composer_sam.engine.rule import Method
+from composer_sam.engine.rule import Method, check_method
 from composer_sam.engine.split_step import SplitOptimizer
-from composer_sam.trainers.transformers.checks import check_class, check_method, check_trainer
+from composer_sam.trainers.transformers.checks import check_class, check_trainer
 from composer_sam.trainers.transformers.steps import TrainerSteps
 
 __all__ = ['SharpnessAwareMixin', 'SharpnessAwareTrainer']
