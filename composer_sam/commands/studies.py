@@ -1,8 +1,9 @@
-"""The commands that train several runs: ``compare`` and ``study``."""
+"""The commands that train several runs: ``compare``, ``study`` and ``survive``."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from composer_sam.commands.terminal import (
@@ -21,7 +22,7 @@ __all__ = ['add']
 
 
 def add(commands: Commands) -> None:
-    """Add both commands to the parser."""
+    """Add the commands to the parser."""
     compare = commands.add_parser(
         'compare',
         help='train several recipes with several seeds and compare them',
@@ -46,6 +47,28 @@ def add(commands: Commands) -> None:
     study.add_argument('--keep-checkpoints', action='store_true', help='keep checkpoints of finished runs')
     study.set_defaults(command=_study)
 
+    survive = commands.add_parser(
+        'survive',
+        help='train language models, and see what fine-tuning, quantisation and noise take from them',
+        description=_survive.__doc__,
+        allow_abbrev=False,
+    )
+    _add_runs(survive, 'survival')
+    survive.add_argument('--finetune', metavar='RECIPE', help='other text, with learning rates as its grid')
+    survive.add_argument('--grid', action='append', default=[], metavar='KEY=V,V', help='for the recipes with this key')
+    survive.add_argument('--bits', type=_numbers(int), default=(8, 4), metavar='N,N', help='of weights (default: 8,4)')
+    survive.add_argument('--group', type=positive, default=64, metavar='N', help='weights per scale (default: 64)')
+    survive.add_argument(
+        '--noise',
+        type=_numbers(float),
+        default=(0.05, 0.1, 0.2),
+        metavar='X,X',
+        help="in parts of each matrix's root mean square (default: 0.05,0.1,0.2)",
+    )
+    survive.add_argument('--draws', type=positive, default=3, metavar='N', help='of each noise (default: 3)')
+    survive.add_argument('--samples', type=positive, default=512, metavar='N', help='test sequences (default: 512)')
+    survive.set_defaults(command=_survive)
+
 
 def _add_runs(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument(
@@ -57,6 +80,19 @@ def _add_runs(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument('--seeds', type=positive, default=1, metavar='N', help='seeds per run (default: 1)')
     parser.add_argument('--jobs', type=positive, metavar='N', help='parallel runs (default: cores; 1 on a GPU)')
     parser.add_argument('--out', type=Path, default=Path(out), metavar='DIR', help=f'for results (default: {out})')
+
+
+def _numbers(kind: type[int] | type[float]) -> Callable[[str], tuple[float, ...]]:
+    """Return what reads numbers that are separated by commas."""
+
+    def read(text: str) -> tuple[float, ...]:
+        try:
+            return tuple(kind(part) for part in text.split(',') if text)
+        except ValueError:
+            what = 'integers' if kind is int else 'numbers'
+            raise argparse.ArgumentTypeError(f'must be {what} separated by commas, got {text!r}') from None
+
+    return read
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -114,4 +150,32 @@ def _study(options: argparse.Namespace) -> int:
     except (RunError, OSError) as error:
         complain(str(error))
         return FAILED
+    return OK
+
+
+def _survive(options: argparse.Namespace) -> int:
+    """Train language models, and measure what they lose to fine-tuning on other text, to quantisation and to noise.
+
+    What is finished in the output directory is not done again; an interrupted training continues from its checkpoint.
+    """
+    if (code := refuse_launcher('survive')) != OK:
+        return code
+    starting('survive')
+    from composer_sam.recipes import RecipeError
+    from composer_sam.studies.survival.plan import SurvivalOptions, Trials
+    from composer_sam.studies.survival.survive import RunError, survive
+
+    recipes, overrides = files_and_overrides(options.changes)
+    try:
+        trials = Trials(options.bits, options.group, options.noise, options.draws, options.samples)
+        wanted = SurvivalOptions(recipes, options.finetune, overrides, options.grid, options.seeds, options.out, trials)
+        survive(wanted, options.jobs)
+    except BrokenPipeError:
+        raise
+    except (RunError, OSError) as error:
+        complain(str(error))
+        return FAILED
+    except (RecipeError, ValueError) as error:
+        complain(str(error))
+        return MISTAKE
     return OK

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from composer_sam.diagnostics.damage import noisy, quantized
 from composer_sam.diagnostics.geometry import GradientGeometry, gradient_geometry
 from composer_sam.diagnostics.hessian import (
     Eigenvalues,
@@ -40,6 +41,8 @@ __all__ = [
     'first_order_flatness',
     'gradient_geometry',
     'measure',
+    'noisy',
+    'quantized',
     'sam_sharpness',
     'spectral_density',
     'top_eigenvalues',

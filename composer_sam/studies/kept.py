@@ -36,7 +36,8 @@ Result = TypeVar('Result', bound=Kept)
 def finished_runs(
     runs: Sequence[StudyRun],
     read: Callable[[dict[str, Any]], Result],
-    complete: Callable[[StudyRun], bool] = lambda run: True,
+    complete: Callable[[Any], bool] = lambda run: True,
+    what: str = 'trained',
 ) -> dict[str, Result]:
     """Return the results of the runs that are finished, by name, and say how many these are.
 
@@ -44,6 +45,7 @@ def finished_runs(
         runs: all runs.
         read: returns the result that JSON's own types stand for.
         complete: whether a finished run has left everything that is needed; otherwise it is trained again.
+        what: what is done to a network, for the line.
 
     Raises:
         RecipeError: a file or a checkpoint is of a run with another configuration.
@@ -56,9 +58,10 @@ def finished_runs(
         else:
             _check_checkpoint(run)
     if len(done) == len(runs):
-        note(f'nothing was left to train: {"the run is" if len(runs) == 1 else f"all {len(runs)} runs are"} done')
+        whole = 'the run is' if len(runs) == 1 else f'all {len(runs)} runs are'
+        note(f'nothing was left to train: {whole} done' if what == 'trained' else f'{whole} {what}')
     elif done:
-        note(f'{len(done)} of {len(runs)} runs are done')
+        note(f'{len(done)} of {len(runs)} runs are {"done" if what == "trained" else what}')
     return done
 
 
@@ -68,6 +71,7 @@ def train_missing(
     work: Callable[[Recipe, Report], Result],
     jobs: int,
     threads: int,
+    what: str = 'trained',
 ) -> tuple[dict[str, Result], list[Exception]]:
     """Train the runs that are not done, side by side; return the results of all by name, and the errors of the others.
 
@@ -77,6 +81,7 @@ def train_missing(
         work: trains a run, writes its file and returns its result.
         jobs: how many runs are trained at a time.
         threads: the number of threads of each.
+        what: what is done to a network, for the progress bar.
 
     Raises:
         RecipeError: a recipe is not valid, as was found when its data were read.
@@ -94,7 +99,7 @@ def train_missing(
             found[names[str(recipe.run_name)]] = result
 
     if names:
-        train_all([run.recipe for run in runs if run.name not in done], work, receive, jobs, threads)
+        train_all([run.recipe for run in runs if run.name not in done], work, receive, jobs, threads, what)
     return found, failures
 
 

@@ -91,6 +91,7 @@ def train_all(
     receive: Callable[[Recipe, Result | Exception], None],
     jobs: int,
     threads: int,
+    what: str = 'trained',
 ) -> None:
     """Call ``work`` on every recipe in a process of its own, and show a progress bar.
 
@@ -101,12 +102,13 @@ def train_all(
             a :class:`~composer_sam.recipes.RecipeError`. An exception that it raises ends all runs.
         jobs: how many processes run at a time.
         threads: the number of threads of each process.
+        what: what is done to a network, for the progress bar.
     """
     console = messages_console()
     for name in dict.fromkeys(recipe.name for recipe in recipes if recipe.grid):
         console.print(f'{name} is trained once, without its grid; composer-sam study trains the grid', soft_wrap=True)
     bar = Progress(
-        TextColumn(f'training {len(recipes)} runs'),
+        TextColumn(f'training {len(recipes)} runs' if what == 'trained' else f'{len(recipes)} runs {what}'),
         BarColumn(None),
         TextColumn('{task.percentage:3.0f} %'),
         TimeRemainingColumn(),
@@ -129,7 +131,7 @@ def train_all(
                 receive(recipe, event.result)
                 ended += 1
                 if not console.is_terminal:
-                    console.print(f'{ended} of {len(recipes)} runs are trained: {recipe.run_name}', soft_wrap=True)
+                    console.print(f'{ended} of {len(recipes)} runs are {what}: {recipe.run_name}', soft_wrap=True)
             elif isinstance(event.error, ProcessDied):
                 died = f'{recipe.run_name} ended without a result; its process was killed or crashed'
                 receive(recipe, RunError(died))

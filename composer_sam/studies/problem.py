@@ -13,6 +13,7 @@ from torch import nn
 from composer_sam.recipes import Recipe
 from composer_sam.recipes.data import build_data
 from composer_sam.recipes.networks import build_network
+from composer_sam.recipes.schema import Text
 
 __all__ = ['KEYS', 'Problem', 'Split', 'build_problem', 'described']
 
@@ -64,7 +65,8 @@ def build_problem(recipe: Recipe, split: Split, samples: int) -> Problem:
     samples = min(samples, len(images))
     # Not torch's generator: with the same seed it has chosen the wrong labels, and would choose the same images again.
     chosen = sorted(np.random.default_rng(_SAMPLE_SEED).permutation(len(images))[:samples].tolist())
-    per_forward = max(section.batch_size, _ONE_FORWARD // data.numbers)
+    at_once = section.eval_batch_size or section.batch_size if isinstance(section, Text) else section.batch_size
+    per_forward = max(at_once, _ONE_FORWARD // data.numbers)
     batches = [images.__getitems__(chosen[start : start + per_forward]) for start in range(0, samples, per_forward)]
     on_gpu = recipe.device in (None, 'gpu') and torch.cuda.is_available()
     model = build_network(recipe.model, data).to('cuda' if on_gpu else 'cpu')

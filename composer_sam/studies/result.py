@@ -8,7 +8,7 @@ from typing import Any
 
 from composer_sam.diagnostics.measure import Measurements
 
-__all__ = ['RunResult', 'TrainedSharpness']
+__all__ = ['RunResult', 'TrainedSharpness', 'finite']
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class RunResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON's own types; null stands for a number that is not finite."""
-        return _finite({**vars(self), 'sharpness': None if self.sharpness is None else self.sharpness.to_json()})
+        return finite({**vars(self), 'sharpness': None if self.sharpness is None else self.sharpness.to_json()})
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> RunResult:
@@ -107,9 +107,10 @@ class RunResult:
         return cls(**{**found, 'sharpness': None if sharpness is None else TrainedSharpness(**sharpness)})
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return nested lists and mappings with None for every number that is not finite."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

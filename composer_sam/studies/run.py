@@ -6,7 +6,7 @@ import json
 import platform
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from composer import Trainer
 from composer.core import Callback, State
 from composer.loggers import Logger, LoggerDestination
+from torch import nn
 
 from composer_sam.files import write_whole
 from composer_sam.methods import registry
@@ -122,7 +123,11 @@ def compared(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_and_measure(
-    recipe: Recipe, report: Report, runs: dict[str, StudyRun], sharpness: Sharpness | None
+    recipe: Recipe,
+    report: Report,
+    runs: Mapping[str, StudyRun],
+    sharpness: Sharpness | None,
+    keep: Callable[[StudyRun, nn.Module], object] | None = None,
 ) -> RunResult:
     """Train one run, from its newest checkpoint if there is one, measure the network, and write the run's file.
 
@@ -131,6 +136,7 @@ def train_and_measure(
         report: the callback that reports the progress of training.
         runs: all runs by the ``run_name`` of their recipes.
         sharpness: how the sharpness is measured; None not to measure it.
+        keep: called with the run and its trained network, before the file is written.
     """
     run = runs[str(recipe.run_name)]
     curves = Curves()
@@ -158,6 +164,8 @@ def train_and_measure(
         },
         config=run.config,
     )
+    if keep is not None:
+        keep(run, trainer.state.model)
     content = result.to_json()
     write_whole(run.file, json.dumps(content, indent=1, allow_nan=False))
     if not run.keep_checkpoints:

@@ -24,7 +24,9 @@ __all__ = [
     'about',
     'as_markdown',
     'last_part',
+    'literal',
     'measures_of',
+    'print_table',
     'print_tables',
     'tables',
     'value_text',
@@ -176,28 +178,33 @@ def tables(runs: Sequence[RunResult]) -> list[tuple[str, list[str], list[list[st
 
 def print_tables(runs: Sequence[RunResult]) -> None:
     """Print the tables."""
-    stdout = console()
     for title, headings, rows in tables(runs):
-        stdout.print(title)
-        table = Table(box=None, pad_edge=False)
-        for heading in headings:
-            table.add_column(heading, justify='right' if heading else 'left', no_wrap=bool(heading), overflow='fold')
-        for row in rows:
-            table.add_row(*row)
-        stdout.print(table)
-        stdout.print()
+        print_table(title, headings, rows)
+
+
+def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table below its title."""
+    stdout = console()
+    stdout.print(title)
+    table = Table(box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify='right' if heading else 'left', no_wrap=bool(heading), overflow='fold')
+    for row in rows:
+        table.add_row(*row)
+    stdout.print(table)
+    stdout.print()
 
 
 def as_markdown(runs: Sequence[RunResult]) -> str:
     """Return the tables in Markdown, below a sentence about the runs."""
     parts = []
     for title, headings, rows in tables(runs):
-        named = [[_literal(row), *cells] for row, *cells in rows]
-        parts.append(f'## {title}\n\n{markdown.table([_literal(heading) for heading in headings], named)}')
+        named = [[literal(row), *cells] for row, *cells in rows]
+        parts.append(f'## {title}\n\n{markdown.table([literal(heading) for heading in headings], named)}')
     return '\n'.join([f'{about(runs)}\n', *parts])
 
 
-def _literal(name: str) -> str:
+def literal(name: str) -> str:
     """Return a name that Markdown shows as it is: without HTML, emphasis, links and mathematics."""
     return re.sub(r'[\\`*<>&~$\[\]]|(?<!\w)_|_(?!\w)', r'\\\g<0>', name)
 

@@ -26,13 +26,16 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
+PLAIN = ('sgd_early', 'adamw', 'gpu_60m', 'finetune', 'gpu_finetune')
+
+
 @pytest.mark.parametrize('path', RECIPES, ids=lambda path: f'{path.parent.name}/{path.stem}')
 def test_every_shipped_recipe_is_valid(path: Path) -> None:
     recipe = load_recipe(path, overrides=ON_CPU)
     methods = [
         type(algorithm) for algorithm in build_components(recipe).algorithms if type(algorithm).__name__ in registry
     ]
-    plain = path.stem.split('_')[-1] == 'sgd' or path.stem in ('sgd_early', 'adamw', 'gpu_60m')
+    plain = path.stem.split('_')[-1] == 'sgd' or path.stem in PLAIN
     assert len(methods) == (0 if plain else 1)
     assert (SAM in methods) == (path.stem in ('sam', 'sam_last', 'resnet18_sam', 'resnet50_sam_interval10'))
 
