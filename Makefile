@@ -3,7 +3,7 @@ PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.10,$(shell python$(v) -c 'import s
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-torch gpu benchmarks check format lint types clean
+.PHONY: demo test test-all test-torch test-llm-foundry gpu benchmarks check format lint types clean
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not ((3, 10) <= sys.version_info[:2] <= (3, 12)))' \
@@ -40,6 +40,19 @@ test-torch: $(TORCH_VENV)/.installed
 	$(TORCH_VENV)/bin/python -c 'import sys, torch; print("torch", torch.__version__, "Python", sys.version.split()[0])'
 	$(TORCH_VENV)/bin/python -m pytest tests/conformance tests/diagnostics tests/distributed tests/hosts tests/reference tests/unit
 
+# LLM Foundry in an environment of its own, because it pins most of what it needs.
+FOUNDRY_VENV := .venv-llm-foundry
+
+$(FOUNDRY_VENV)/.installed: pyproject.toml
+	@echo 'making the environment in $(FOUNDRY_VENV) (once, a few minutes) ...'
+	@test -x $(FOUNDRY_VENV)/bin/python || $(PYTHON) -m venv $(FOUNDRY_VENV)
+	$(FOUNDRY_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(FOUNDRY_VENV)/bin/python -m pip install --quiet llm-foundry==0.22.0 -e '.[test]'
+	@touch $@
+
+test-llm-foundry: $(FOUNDRY_VENV)/.installed
+	$(FOUNDRY_VENV)/bin/python -m pytest tests/hosts/test_llm_foundry.py tests/hosts/test_llm_foundry_runs.py
+
 gpu: $(VENV)/.installed
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(BIN)/python -m pytest -m gpu tests/gpu && $(BIN)/python -m benchmarks.gpu; \
@@ -69,4 +82,4 @@ types: $(VENV)/.installed
 check: lint types test
 
 clean:
-	rm -rf $(VENV) .venv-torch-* demo runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-torch-* $(FOUNDRY_VENV) demo runs .pytest_cache .ruff_cache .hypothesis
