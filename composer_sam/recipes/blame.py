@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -42,6 +43,11 @@ class BlamingTrainer(Trainer):
             raise
         except (ValueError, TypeError, NotImplementedError, ImportError) as error:
             raise RecipeError(f'recipe: {error}') from error
+        except (RuntimeError, KeyError) as error:
+            if (difference := _difference(error, arguments['model'])) is None:
+                raise
+            key, place = ('load_path', recipe.load_path) if recipe.load_path else ('save_folder', recipe.save_folder)
+            raise RecipeError(f'{key}: {place!r} holds the weights of another network: {difference}') from error
 
     def fit(self, *positional: Any, **arguments: Any) -> None:
         """Train.
@@ -58,6 +64,22 @@ class BlamingTrainer(Trainer):
             if self.state.timestamp.batch.value > first + 1 and error.__cause__ is not None:
                 raise error.__cause__ from None
             raise
+
+
+def _difference(error: Exception, model: nn.Module) -> str | None:
+    """Return the first difference between a checkpoint's network and the model; None for errors about other things."""
+    if isinstance(error, KeyError):  # of the state of the optimizer, which is loaded before the weights
+        known = any(error.args == (name,) for name, _ in model.named_parameters())
+        return f'it does not have {error.args[0]}' if known else None
+    if not str(error).startswith('Error(s) in loading state_dict'):
+        return None
+    size = re.search(r'size mismatch for (\S+): .*?\[(.*?)\].*?\[(.*?)\]', str(error))
+    if size is not None:
+        return f'{size[1]} is [{size[2]}] there, and [{size[3]}] in the network of the recipe'
+    named = re.search(r'(Missing|Unexpected) key\(s\) in state_dict: "(\S+)"', str(error))
+    if named is None:
+        return None
+    return f'it does not have {named[2]}' if named[1] == 'Missing' else f'it has {named[2]}'
 
 
 @contextmanager
