@@ -17,9 +17,10 @@ from torch import nn
 from composer_sam.diagnostics.measure import Measurements
 from composer_sam.extras import extra
 from composer_sam.files import file_name, write_whole
-from composer_sam.landscapes.pictures import plain, png
+from composer_sam.landscapes.pictures import png
 from composer_sam.recipes import Recipe, RecipeError, load_recipe
 from composer_sam.studies.console import console, note, progress_bar
+from composer_sam.studies.curves import draw as draw_curves
 from composer_sam.studies.kept import finished_runs, results_folder, train_missing
 from composer_sam.studies.landscape import Request, landscapes
 from composer_sam.studies.parallel import Report, RunError, share_cores, with_seed
@@ -36,7 +37,6 @@ with extra('diagnostics', __name__):
 __all__ = ['Run', 'RunError', 'compare', 'draw', 'tabulate', 'tabulate_sharpness']
 
 _SHARPNESS = Sharpness()
-_LEGEND_INCHES = 5
 _CHOSEN = (
     'the result of the epoch with the best accuracy on validation images, {:g} % of the training images with their '
     'label noise; the test set plays no part in the choice'
@@ -241,43 +241,13 @@ def tabulate_sharpness(runs: Sequence[Run]) -> Table:
 
 
 def draw(runs: Sequence[Run], about: str = '') -> Figure:
-    """Draw test accuracy and training loss by epoch: the mean over the seeds, in a band from lowest to highest.
+    """Draw the runs' test accuracy and training loss by epoch.
 
     Args:
         runs: the runs.
         about: what they were trained on, for the title.
     """
-    figure = Figure(figsize=(11, 5), layout='constrained')
-    accuracy, loss = figure.subplots(1, 2)
-    grouped = _by_recipe(runs)
-    for index, (name, group) in enumerate(grouped.items()):
-        color = f'C{index}'
-        for axes, curves, key, scale in (
-            (accuracy, [run.test for run in group], 'accuracy', 100),
-            (loss, [run.train for run in group], 'loss', 1),
-        ):
-            columns = list(zip(*(curve[key] for curve in curves), strict=False))
-            epochs = curves[0]['epoch'][: len(columns)]
-            mean = [scale * statistics.fmean(column) for column in columns]
-            label = plain(f'{name}, whole run' if group[0].stop_epoch else name, _LEGEND_INCHES)
-            axes.plot(epochs, mean, label=label, color=color)
-            lowest, highest = ([scale * pick(column) for column in columns] for pick in (min, max))
-            axes.fill_between(epochs, lowest, highest, alpha=0.2, color=color, linewidth=0)
-        stops = [(run.stop_epoch, 100 * run.accuracy) for run in group if run.stop_epoch is not None]
-        if stops:
-            look: dict[str, Any] = {'color': color, 'mec': 'black', 'ms': 13, 'zorder': 3}
-            label = plain(f'{name}: the epoch chosen on validation images', _LEGEND_INCHES)
-            accuracy.plot(*zip(*stops, strict=True), '*', label=label, **look)
-    accuracy.set(xlabel='epoch', ylabel='test accuracy (%)')
-    loss.set(xlabel='epoch', ylabel='training loss')
-    for axes in (accuracy, loss):
-        axes.grid(alpha=0.3)
-    handles, labels = accuracy.get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside lower center', ncols=2 if len(labels) > 3 else 3, frameon=False)
-    seeds = max(map(len, grouped.values()))
-    shown = f'mean over {seeds} seeds; band: lowest to highest seed' if seeds > 1 else 'one seed'
-    figure.suptitle(plain('\n'.join(filter(None, [about, shown])), 11), fontsize=11)
-    return figure
+    return draw_curves(_by_recipe(runs), about)
 
 
 def _load(paths: Sequence[str], overrides: Sequence[str], tell: Callable[[str], object]) -> list[Recipe]:

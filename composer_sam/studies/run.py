@@ -128,6 +128,7 @@ def train_and_measure(
     runs: Mapping[str, StudyRun],
     sharpness: Sharpness | None,
     keep: Callable[[StudyRun, nn.Module], object] | None = None,
+    geometry: bool = True,
 ) -> RunResult:
     """Train one run, from its newest checkpoint if there is one, measure the network, and write the run's file.
 
@@ -137,10 +138,11 @@ def train_and_measure(
         runs: all runs by the ``run_name`` of their recipes.
         sharpness: how the sharpness is measured; None not to measure it.
         keep: called with the run and its trained network, before the file is written.
+        geometry: whether the directions of a method are compared with the gradient in every step.
     """
     run = runs[str(recipe.run_name)]
     curves = Curves()
-    trainer = trained(recipe, curves, [*_monitors(recipe), report])
+    trainer = trained(recipe, curves, [*(_monitors(recipe) if geometry else []), report])
     result = RunResult(
         name=run.name,
         recipe=recipe.name,
@@ -204,9 +206,10 @@ def trained(recipe: Recipe, curves: Curves, callbacks: Sequence[Callback]) -> Tr
 
 
 def _monitors(recipe: Recipe) -> list[GradientGeometryMonitor]:
-    """Return the monitor of a method's directions, for recipes with a method."""
+    """Return the monitor of a method's directions, for recipes with a method whose first pass is at w."""
     named = {name.replace('_', '').lower() for name in recipe.algorithms}
-    return [GradientGeometryMonitor()] if named & {name.lower() for name in registry} else []
+    compared = {name.lower() for name, method in registry.items() if not method.perturbs_first_pass}
+    return [GradientGeometryMonitor()] if named & compared else []
 
 
 def _measure(trainer: Trainer, recipe: Recipe, sharpness: Sharpness) -> TrainedSharpness:

@@ -110,7 +110,8 @@ def test_pictures(name: str) -> None:
     ]
     for figure in figures:
         assert there(name, drawn(figure))
-    for figure in figures[:2]:
+    # The names of a comparison are at the ends of its curves where they are short.
+    for figure in figures[1 if len(name) <= 30 and name.isascii() else 0 : 2]:
         assert there(name, [text.get_text().replace(r'\$', '$') for text in figure.legends[0].get_texts()])
 
 

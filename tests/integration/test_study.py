@@ -246,3 +246,10 @@ def test_train_says_that_a_grid_is_for_a_study(capsys: pytest.CaptureFixture[str
     recipe = str(YAMLS / 'study' / 'digits' / 'sam.yaml')
     assert main(['train', recipe, 'max_duration=1ba', 'trainer.progress_bar=false']) == 0
     assert 'is trained once, without its grid; composer-sam study trains the grid' in capsys.readouterr().err
+
+
+def test_methods_of_one_pass_are_studied_without_the_gradient_that_they_do_not_take(tmp_path: Path) -> None:
+    recipe = f'{SGD}+{YAMLS}/methods/msam.yaml'
+    study(recipe, 'max_duration=1ep', '--no-sharpness', '--jobs', '1', out=tmp_path)
+    (found,) = runs(tmp_path).values()
+    assert found['recipe'] == 'MSAM' and found['geometry'] is None

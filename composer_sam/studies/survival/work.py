@@ -32,7 +32,7 @@ def train(recipe: Recipe, report: Report, runs: Mapping[str, StudyRun]) -> RunRe
         report: the callback that reports the progress of training.
         runs: all runs by the ``run_name`` of their recipes.
     """
-    return train_and_measure(recipe, report, runs, None, keep=_save_network)
+    return train_and_measure(recipe, report, runs, None, keep=_save_network, geometry=False)
 
 
 def measure(recipe: Recipe, report: Report, runs: Mapping[str, OfNetwork], trials: Trials) -> Measured:
