@@ -3,7 +3,7 @@ PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.10,$(shell python$(v) -c 'import s
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-torch test-llm-foundry gpu benchmarks check format lint types clean
+.PHONY: demo test test-all test-torch test-llm-foundry gpu benchmarks check format lint types hooks build clean
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not ((3, 10) <= sys.version_info[:2] <= (3, 12)))' \
@@ -81,5 +81,23 @@ types: $(VENV)/.installed
 
 check: lint types test
 
+# What needs neither torch nor the package: packaging, and the hooks of .pre-commit-config.yaml, which come from GitHub.
+TOOLS_VENV := .venv-tools
+
+$(TOOLS_VENV)/.installed: Makefile
+	@test -x $(TOOLS_VENV)/bin/python || $(PYTHON) -m venv $(TOOLS_VENV)
+	$(TOOLS_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(TOOLS_VENV)/bin/python -m pip install --quiet 'build>=1.2' 'twine>=6.1' 'pre-commit>=4'
+	@touch $@
+
+hooks: $(TOOLS_VENV)/.installed
+	$(TOOLS_VENV)/bin/pre-commit run --all-files --show-diff-on-failure
+
+# The source distribution and the wheel, in dist/.
+build: $(TOOLS_VENV)/.installed
+	rm -rf build dist
+	$(TOOLS_VENV)/bin/python -m build
+	$(TOOLS_VENV)/bin/python -m twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) .venv-torch-* $(FOUNDRY_VENV) demo runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-torch-* $(FOUNDRY_VENV) $(TOOLS_VENV) build dist demo runs .pytest_cache .ruff_cache .hypothesis
