@@ -1,9 +1,7 @@
-"""The collectives of a step: predicted by arithmetic, and counted on real ranks.
+"""The collectives of a step, counted on real ranks, beside those that ``benchmarks/arithmetic.py`` predicts.
 
-:func:`ddp` and :func:`sharded` are arithmetic: they compute the collectives of what a method requests
-(``benchmarks/needs.py``) for any model and any number of ranks. :func:`counted` runs the same step on gloo processes
-and counts the collectives that reach torch's dispatcher, from Python and from the C++ code of
-DistributedDataParallel. ``benchmarks/scaling.py`` compares the two.
+:func:`counted` runs the step on gloo processes and counts the collectives that reach torch's dispatcher, from Python
+and from the C++ code of DistributedDataParallel. ``benchmarks/scaling.py`` compares the two.
 """
 
 from __future__ import annotations
@@ -11,132 +9,36 @@ from __future__ import annotations
 import functools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from composer import Callback, Event, Logger, State
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.needs import Needs, Variant, needs
+from benchmarks.arithmetic import Collective, Size, ddp, merged, sharded
+from benchmarks.needs import Variant, forwards, needs
 from benchmarks.workloads import Batches, make_trainer
 from composer_sam import SharpnessAwareOptimizer
+from composer_sam.engine.pass_number import PassNumber
 
 __all__ = [
     'STRATEGIES',
-    'Collective',
-    'Size',
+    'Strategy',
     'counted',
     'counted_in_trainer',
-    'ddp',
-    'sharded',
 ]
 
 warnings.filterwarnings('ignore', message=r'Using backward\(\) with create_graph')  # the step releases the graph
-
-
-# Predicted by arithmetic.
-
-
-@dataclass(frozen=True)
-class Size:
-    """The sizes of a model that its collectives depend on.
-
-    Args:
-        parameters: elements.
-        tensors: parameter tensors.
-        units: modules that FSDP wraps, each of which is gathered by itself.
-        buckets: in which DistributedDataParallel reduces the gradient.
-        buffers: bytes of buffers by data type, which DistributedDataParallel hands out once a step.
-        width: bytes per element of parameters and gradients.
-    """
-
-    parameters: int
-    tensors: int
-    units: int
-    buckets: int
-    buffers: tuple[int, ...] = ()
-    width: int = 4
-
-
-@dataclass(frozen=True, order=True)
-class Collective:
-    """Collectives of one kind over the same number of ranks.
-
-    Args:
-        kind: ``'all_reduce'``, ``'all_gather'``, ``'reduce_scatter'`` or ``'broadcast'``.
-        ranks: that take part in each.
-        number: how many there are.
-        bytes: of the whole tensors, together: what is reduced, or what is gathered in the end.
-    """
-
-    kind: str
-    ranks: int
-    number: int
-    bytes: int
-
-    @property
-    def traffic(self) -> float:
-        """The bytes every rank sends in the ring algorithm; in a broadcast along the ring every rank but the last."""
-        if self.kind == 'broadcast':
-            return self.bytes
-        return (2 if self.kind == 'all_reduce' else 1) * (self.ranks - 1) / self.ranks * self.bytes
-
-
-def ddp(needs: Needs, size: Size, ranks: int) -> list[Collective]:
-    """Return the collectives under DistributedDataParallel.
-
-    A gradient is reduced in buckets. A mean is reduced in one piece, in which each tensor has one more element that
-    says whether a rank had it. Every rank computes its own norms. The numbers that are agreed on are of fp32.
-    """
-    gradients = needs.reduced * size.parameters + needs.means * (size.parameters + size.tensors)
-    number = needs.reduced * size.buckets + needs.means
-    return _merged(
-        [
-            Collective('all_reduce', ranks, number, gradients * size.width),
-            Collective('all_reduce', ranks, needs.agreed, 4 * needs.agreed),
-            Collective('broadcast', ranks, needs.steps * len(size.buffers), needs.steps * sum(size.buffers)),
-        ]
-    )
-
-
-def sharded(needs: Needs, size: Size, ranks: int, shards: int) -> list[Collective]:
-    """Return the collectives under FSDP over ``shards`` ranks, with ``ranks / shards`` replicas (hybrid if several).
-
-    Every pass gathers each unit for the forward and again for the backward, and reduces and scatters its gradient; the
-    replicas then reduce the shards. What is summed over shards are fp32 numbers.
-    """
-    units, whole = needs.passes * size.units, needs.passes * size.parameters * size.width
-    replicas = ranks // shards
-    between = [Collective('all_reduce', replicas, units, whole // shards)] if replicas > 1 else []
-    return _merged(
-        [
-            Collective('all_gather', shards, 2 * units, 2 * whole),
-            Collective('reduce_scatter', shards, units, whole),
-            Collective('all_reduce', shards, needs.sums, 4 * needs.summed),
-            *between,
-        ]
-    )
-
-
-def _merged(collectives: Iterable[Collective]) -> list[Collective]:
-    """Add up the collectives of each kind and number of ranks."""
-    numbers, volumes = Counter(), Counter()
-    for one in collectives:
-        numbers[one.kind, one.ranks] += one.number
-        volumes[one.kind, one.ranks] += one.bytes
-    return sorted(Collective(key[0], key[1], number, volumes[key]) for key, number in numbers.items() if number)
-
-
-# Counted on real ranks.
 
 
 _KINDS = {
@@ -157,7 +59,7 @@ class _Counting(TorchDispatchMode):
 
     @property
     def found(self) -> list[Collective]:
-        return _merged(self._seen)
+        return merged(self._seen)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == 'c10d':
@@ -178,31 +80,62 @@ def _ddp(network: nn.Module) -> nn.Module:
     return DistributedDataParallel(network, bucket_cap_mb=0.25)  # pyright: ignore[reportArgumentType]
 
 
+def _hybrid_mesh() -> DeviceMesh:
+    return init_device_mesh('cpu', (dist.get_world_size() // 2, 2), mesh_dim_names=('replicas', 'shards'))
+
+
 def _fsdp1(network: nn.Module, hybrid: bool = False) -> nn.Module:
-    names = ('replicas', 'shards')
     return FullyShardedDataParallel(
         network,
         sharding_strategy=ShardingStrategy.HYBRID_SHARD if hybrid else ShardingStrategy.FULL_SHARD,
-        device_mesh=init_device_mesh('cpu', (dist.get_world_size() // 2, 2), mesh_dim_names=names) if hybrid else None,
+        device_mesh=_hybrid_mesh() if hybrid else None,
         use_orig_params=True,
         device_id=torch.device('cpu'),
         auto_wrap_policy=ModuleWrapPolicy({nn.Linear}),
     )
 
 
-def _fsdp2(network: Any) -> Any:
+def _fsdp2(network: Any, mixed: MixedPrecisionPolicy | None = None, hybrid: bool = False) -> Any:
+    options: dict[str, Any] = {'mesh': _hybrid_mesh() if hybrid else None}
+    if mixed is not None:
+        options['mp_policy'] = mixed
     for module in network:
         if isinstance(module, nn.Linear):
-            fully_shard(module)
-    return fully_shard(network)
+            fully_shard(module, **options)
+    return fully_shard(network, **options)
 
 
-# How a network is wrapped, over how many of all ranks it is sharded (None: each has it whole), and the fewest ranks.
-STRATEGIES: dict[str, tuple[Callable[[nn.Module], nn.Module], Callable[[int], int] | None, int]] = {
-    'DDP': (_ddp, None, 2),
-    'FSDP1': (_fsdp1, lambda ranks: ranks, 2),
-    'FSDP2': (_fsdp2, lambda ranks: ranks, 2),
-    'FSDP1 hybrid, 2 shards': (functools.partial(_fsdp1, hybrid=True), lambda ranks: 2, 4),
+@dataclass(frozen=True)
+class Strategy:
+    """A distribution of a network over ranks.
+
+    Args:
+        wrap: wraps the network.
+        shards: over how many of all ranks it is sharded; None: each has it whole.
+        fewest: the fewest ranks that it needs.
+        gathered: bytes per element where parameters are gathered.
+        width: bytes per element where gradients are reduced.
+    """
+
+    wrap: Callable[[nn.Module], Any]
+    shards: Callable[[int], int] | None
+    fewest: int = 2
+    gathered: int = 4
+    width: int = 4
+
+
+_MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+# FSDP2 averages over replicas, which gloo cannot, but for fp16, whose gradients it divides and adds up.
+_HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float16)
+STRATEGIES = {
+    'DDP': Strategy(_ddp, None),
+    'FSDP1': Strategy(_fsdp1, lambda ranks: ranks),
+    'FSDP2': Strategy(_fsdp2, lambda ranks: ranks),
+    'FSDP2, bf16': Strategy(functools.partial(_fsdp2, mixed=_MIXED), lambda ranks: ranks, gathered=2),
+    'FSDP1 hybrid, 2 shards': Strategy(functools.partial(_fsdp1, hybrid=True), lambda ranks: 2, 4),
+    'FSDP2 hybrid, 2 shards, fp16': Strategy(
+        functools.partial(_fsdp2, mixed=_HALF, hybrid=True), lambda ranks: 2, 4, gathered=2, width=2
+    ),
 }
 
 
@@ -227,33 +160,52 @@ def _with_buckets(size: Size, model: Any) -> Size:
     return replace(size, buckets=len(model._get_ddp_logging_data().get('rebuilt_bucket_sizes', '').split(',')))
 
 
-def counted(strategy: str, variant: Variant) -> dict[str, Any]:
-    """Return the counted and the predicted collectives of the variant's steps; called on every rank."""
-    wrap, shards, _ = STRATEGIES[strategy]
+def counted(strategy: str, variant: Variant, micro_batches: int = 1, reduces_once: bool = False) -> dict[str, Any]:
+    """Return the counted and the predicted collectives of the variant's steps; called on every rank.
+
+    Args:
+        strategy: by its name in ``STRATEGIES``.
+        variant: the method.
+        micro_batches: how many a batch is cut into; under FSDP only.
+        reduces_once: whether a pass reduces the gradient after its last micro-batch only; under FSDP2 only.
+    """
+    how = STRATEGIES[strategy]
     ranks, method = dist.get_world_size(), variant.method
-    network = _network(whole=shards is None)
-    size = _size(network)
-    model = wrap(network)
+    network = _network(whole=how.shards is None)
+    size = replace(_size(network), gathered=how.gathered, width=how.width)
+    model = how.wrap(network)
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    if method is not None:
-        optimizer = SharpnessAwareOptimizer(optimizer, method, model)
     x = torch.randn(8, 64)
 
-    def closure() -> Tensor:
+    def evaluate(number: PassNumber) -> Tensor:
         optimizer.zero_grad()
-        loss = model(x).square().mean()
-        loss.backward(create_graph=method is not None and method.backwards_create_graph)
-        return loss
+        losses: list[Tensor] = []
+        parts = number.part(x).split(len(x) // micro_batches)
+        for index, part in enumerate(parts, 1):
+            if reduces_once:
+                model.set_requires_gradient_sync(index == len(parts))
+            losses.append(model(part).square().mean())
+            losses[-1].backward(create_graph=method is not None and method.backwards_create_graph)
+        return torch.stack(losses).mean()
 
-    for _ in range(variant.warmup):
-        optimizer.step(closure)
-    with _Counting() as counting:
-        for _ in range(variant.steps):
+    closure: Callable[..., Tensor] = evaluate
+    if method is None:
+        closure = functools.partial(evaluate, PassNumber(0))
+    else:
+        optimizer = SharpnessAwareOptimizer(optimizer, method, model)
+    # The streams of torch's CPU return no events, without which FSDP2 refuses a hybrid mesh.
+    with mock.patch.object(torch.cpu.Stream, 'record_event', torch.cpu.Event):
+        for _ in range(variant.warmup):
             optimizer.step(closure)
+        with _Counting() as counting:
+            for _ in range(variant.steps):
+                optimizer.step(closure)
     asked = needs(variant)
-    if shards is None:
+    if how.shards is None:
         return _beside(ddp(asked, _with_buckets(size, model), ranks), counting)
-    return _beside(sharded(asked, size, ranks, shards(ranks)), counting)
+    reductions = asked.passes if reduces_once else None
+    predicted = sharded(asked, size, ranks, how.shards(ranks), forwards(variant, micro_batches), reductions)
+    return _beside(predicted, counting)
 
 
 class _Batchwise(Callback):

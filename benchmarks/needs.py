@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from composer_sam.engine.step import Step
 from composer_sam.methods.base import SharpnessAware
 from composer_sam.vectors import Layout
 
-__all__ = ['METHODS', 'Needs', 'Variant', 'needs']
+__all__ = ['METHODS', 'Needs', 'Variant', 'forwards', 'needs']
 
 WARMUP = 3  # DistributedDataParallel arranges its buckets in its first steps
 
@@ -36,14 +37,21 @@ METHODS: dict[str, Callable[..., SharpnessAware]] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A method, by its name in ``METHODS``, at every ``interval``-th step; ``'SGD'`` is the base step."""
+    """A method, by its name in ``METHODS``, at every ``interval``-th step; ``'SGD'`` is the base step.
+
+    Args:
+        name: of the method.
+        interval: every how many steps one is perturbed.
+        options: its other hyper-parameters, in pairs of name and value.
+    """
 
     name: str
     interval: int = 1
+    options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def method(self) -> SharpnessAware | None:
-        return None if self.name == 'SGD' else METHODS[self.name](interval=self.interval)
+        return None if self.name == 'SGD' else METHODS[self.name](interval=self.interval, **dict(self.options))
 
     @property
     def algorithms(self) -> list[SharpnessAware]:
@@ -65,7 +73,8 @@ class Variant:
         return self.method is None or not self.method.backwards_create_graph
 
     def __str__(self) -> str:
-        return self.name if self.interval == 1 else f'{self.name}, interval {self.interval}'
+        interval = '' if self.interval == 1 else f', interval {self.interval}'
+        return self.name + interval + ''.join(f', {name} {value}' for name, value in self.options)
 
 
 @dataclass(frozen=True)
@@ -151,3 +160,14 @@ def needs(variant: Variant) -> Needs:
         sum(sums),
         sum(rule.agreed[first:]),
     )
+
+
+def forwards(variant: Variant, micro_batches: int) -> int:
+    """Return the number of micro-batches that the passes of a method's steps evaluate, of so many equal ones a batch.
+
+    With ``ascent_fraction`` the first pass of a perturbed step takes the first of them, as many as hold its samples.
+    """
+    passes, method = needs(variant).passes, variant.method
+    fraction = 1.0 if method is None else method.ascent_fraction
+    cut = variant.steps // variant.interval if fraction < 1 else 0
+    return (passes - cut) * micro_batches + cut * math.ceil(fraction * micro_batches)

@@ -1,4 +1,4 @@
-"""Write the figures of README and docs from the committed reports, between marks such as
+"""Write the figures of README and docs from the committed reports and by arithmetic, between marks such as
 
     <!-- figures: costs -->
     <!-- end of figures -->
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import RESULTS
+from benchmarks.scale import memory_tables, steps_table
 from benchmarks.thrift_tables import NONE, REMEDIES_BESIDE, SHARES, SHARES_COLUMNS, verdict
 from composer_sam.files import write_whole
 from composer_sam.markdown import table
@@ -24,7 +25,7 @@ from composer_sam.markdown import table
 __all__ = ['FILES', 'filled', 'main']
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = (ROOT / 'README.md', ROOT / 'docs' / 'choosing.md')
+FILES = (ROOT / 'README.md', ROOT / 'docs' / 'choosing.md', ROOT / 'docs' / 'scale.md')
 _MARKED = re.compile(r'(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)', re.DOTALL)
 MODELS = {'resnet18': 'ResNet-18', 'vit': 'ViT', 'mlp': 'MLP'}
 
@@ -267,6 +268,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     'radii': radii,
     'thrift': thrift,
     'remedies': remedies,
+    'scale': memory_tables,
+    'scale_steps': steps_table,
 }
 
 

@@ -2,9 +2,9 @@
 
 Measured: the ratio to the base step as tensors, parameters, micro-batches and gloo processes grow, through Composer's
 Trainer on small MLPs; all variants train interleaved, a step each in turn. On paper: collectives and bytes of a step on
-up to thousands of ranks, which is arithmetic (``benchmarks/collectives.py``) and no measurement. Checked: the same
-arithmetic against the collectives that two and four processes really do; where they differ the table says so, and this
-script exits with 1.
+up to thousands of ranks, which is arithmetic (``benchmarks/arithmetic.py``) and no measurement. Checked: the same
+arithmetic against the collectives that two and four processes really do, and against the memory of two under FSDP2;
+where they differ the table says so, and this script exits with 1.
 
     python -m benchmarks.scaling
     python -m benchmarks.scaling --sections measured --rounds 20
@@ -23,11 +23,14 @@ import torch
 import torch.multiprocessing
 from torch import nn
 
-from benchmarks.collectives import STRATEGIES, Collective, Size, counted, counted_in_trainer, ddp, sharded
+from benchmarks.arithmetic import Collective, Size, ddp, sharded
+from benchmarks.collectives import STRATEGIES, counted, counted_in_trainer
 from benchmarks.measure import interleaved, median, ratios, spread
 from benchmarks.needs import METHODS, Needs, Variant, needs
 from benchmarks.ranks import on_ranks
 from benchmarks.report import Report, Table
+from benchmarks.shards import as_predicted, memory_of
+from benchmarks.shards import measured as measured_memory
 from benchmarks.workloads import Batches, Clock, make_trainer
 from composer_sam.recipes.models import mlp
 
@@ -60,6 +63,7 @@ ASKED = (
 )
 ARITHMETIC = ('model is', 'collective', 'over ranks', 'number', 'bytes of the tensors', 'bytes a rank sends')
 CHECKED = ('model is', 'ranks', 'variant', 'steps', 'predicted', 'counted', 'bytes predicted', 'bytes counted', 'equal')
+MEMORY = ('variant', 'adds, as stated', 'adds', 'as predicted')
 TRAINER = ('ranks', 'variant', 'steps', 'predicted without', 'counted', "Composer's own", 'predicted own', 'equal')
 
 
@@ -255,11 +259,20 @@ def checks(variants: Sequence[Variant], ranks: int) -> list[Any]:
     """Return predicted and counted collectives by strategy and supported variant; called on every rank."""
     found = [
         (strategy, index, counted(strategy, variant))
-        for strategy, (_, shards, fewest) in STRATEGIES.items()
+        for strategy, how in STRATEGIES.items()
         for index, variant in enumerate(variants)
-        if ranks >= fewest and (shards is None or variant.shardable)
+        if ranks >= how.fewest and (how.shards is None or variant.shardable)
     ]
     return found + [('Trainer', index, counted_in_trainer(variant)) for index, variant in enumerate(variants)]
+
+
+def memories(variants: Sequence[Variant]) -> list[Any]:
+    """Return what a rank of FSDP2 holds in the steps of every supported variant; called on every rank."""
+    return [
+        (index, measured_memory(variant))
+        for index, variant in enumerate(variants)
+        if variant.shardable and variant.interval == 1
+    ]
 
 
 def add_checked(report: Report, variants: Sequence[Variant]) -> bool:
@@ -271,7 +284,9 @@ def add_checked(report: Report, variants: Sequence[Variant]) -> bool:
             'Gloo on the CPU, the engine in a loop of its own on an MLP of four units; counted where torch hands '
             'collectives to the process group, which the C++ of DistributedDataParallel does too. Sums over so many '
             'steps. Equal: number, bytes and ranks of every kind, on every rank. Under DDP the model has a BatchNorm, '
-            'whose buffers are handed out. FSDP2 on a hybrid mesh cannot train on the CPU in torch 2.7: not checked.'
+            'whose buffers are handed out. bf16: units are gathered in it, gradients reduced in fp32. fp16: gradients '
+            'are reduced in it, because FSDP2 then adds them up: gloo has no average. Nor have streams on the CPU '
+            'events, which a hybrid mesh of FSDP2 asks for: here they do.'
         ),
     )
     trainer = Table(
@@ -301,9 +316,26 @@ def add_checked(report: Report, variants: Sequence[Variant]) -> bool:
                 equal = predicted == found and of['ranks alike']
                 kinds = _kinds(found) if equal else f'{_kinds(found)} instead of {_kinds(predicted)}'
                 engine.add(strategy, ranks, str(variant), variant.steps, *numbers, *volumes, equal, kinds)
-    report.add(engine)
-    report.add(trainer)
-    return all(row[table.columns.index('equal')] for table in (engine, trainer) for row in table.rows)
+    memory = Table(
+        'Checked: the memory of a rank under FSDP2',
+        MEMORY,
+        note=(
+            'Two gloo ranks, AdamW, fp32 weights, units gathered in bf16 and reduced in fp32, two micro-batches. The '
+            'most bytes that all tensors have together, in the passes and between them, beyond the peak predicted for '
+            'AdamW alone, in copies of the shard. What a method states is an upper bound.'
+        ),
+    )
+    run = functools.partial(on_limited_ranks, 2, memories, variants)
+    for index, found in report.case('memory of 2 processes', run):
+        variant, predicted = variants[index], memory_of(found)
+        added = (max(found['peaks'].values()) - predicted.plain) / predicted.copy
+        stated = 0 if variant.method is None else variant.method.extra_copies
+        memory.add(str(variant), stated, added, as_predicted(variant, found))
+    for table in (engine, trainer, memory):
+        report.add(table)
+    return all(row[table.columns.index('equal')] for table in (engine, trainer) for row in table.rows) and all(
+        row[-1] for row in memory.rows
+    )
 
 
 def _kinds(collectives: Sequence[Collective]) -> str:

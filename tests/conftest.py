@@ -28,6 +28,7 @@ NEED_COMPOSER = [
     'distributed/test_diagnostics_ranks.py',
     'distributed/test_load_planner.py',
     'distributed/test_resume_ranks.py',
+    'distributed/test_scale.py',
     'distributed/test_trainer_*.py',
     'unit/test_benchmark_needs.py',
     'unit/test_data.py',

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import needs, optimizer_variants
-from benchmarks.collectives import Size, ddp, sharded
+from benchmarks.arithmetic import Size, ddp, sharded
 from benchmarks.needs import Needs, Variant
 from composer_sam import registry
 from tests.problems import with_all_passes
