@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/composer-sam compare yamls/digits/sgd.yaml yamls/digits/sgd_early.yaml yamls/digits/sam.yaml --seeds 3 --out demo --sharpness --landscape
+	$(BIN)/composer-sam demo
 
 # Two processes: more would wait for each other where tests start ranks of their own.
 test: $(VENV)/.installed

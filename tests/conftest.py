@@ -39,6 +39,7 @@ NEED_COMPOSER = [
     'unit/test_listings.py',
     'unit/test_readme.py',
     'unit/test_recipe_layers.py',
+    'unit/test_recipe_names.py',
     'unit/test_recipe_schema.py',
     'unit/test_reports.py',
     'unit/test_study_picture.py',

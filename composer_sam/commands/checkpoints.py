@@ -83,8 +83,8 @@ def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--recipe',
         metavar='RECIPE',
-        help='the YAML file they were trained with (default: the config.yaml beside the first checkpoint, which must '
-        'name no function)',
+        help='the YAML file they were trained with, or its name (default: the config.yaml beside the first checkpoint, '
+        'which must name no function)',
     )
     parser.add_argument('--labels', metavar='A,B', help='names of the checkpoints (default: from file or folder)')
     parser.add_argument('--samples', type=positive, default=512, metavar='N', help='default: 512')

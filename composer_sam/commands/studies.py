@@ -1,11 +1,12 @@
-"""The commands that train several runs: ``compare``, ``study`` and ``survive``."""
+"""The commands that train several runs: ``compare``, ``demo``, ``study`` and ``survive``."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from composer_sam import shipped
 from composer_sam.commands.terminal import (
     FAILED,
     MISTAKE,
@@ -17,8 +18,11 @@ from composer_sam.commands.terminal import (
     refuse_launcher,
     starting,
 )
+from composer_sam.extras import extra
 
-__all__ = ['add']
+__all__ = ['DEMO', 'add']
+
+DEMO = ('digits/sgd', 'digits/sgd_early', 'digits/sam')
 
 
 def add(commands: Commands) -> None:
@@ -33,6 +37,16 @@ def add(commands: Commands) -> None:
     compare.add_argument('--sharpness', action='store_true', help='measure the sharpness of every trained network')
     compare.add_argument('--landscape', action='store_true', help="draw the loss around every recipe's first network")
     compare.set_defaults(command=_compare)
+
+    demo = commands.add_parser(
+        'demo',
+        help='see on handwritten digits what SAM does, in about two minutes on two cores',
+        description=_demo.__doc__,
+        allow_abbrev=False,
+    )
+    demo.add_argument('changes', nargs='*', metavar='key=value', help='overrides of all three recipes')
+    _add_options(demo, 'demo', seeds=3)
+    demo.set_defaults(command=_demo)
 
     study = commands.add_parser(
         'study',
@@ -54,7 +68,9 @@ def add(commands: Commands) -> None:
         allow_abbrev=False,
     )
     _add_runs(survive, 'survival')
-    survive.add_argument('--finetune', metavar='RECIPE', help='other text, with learning rates as its grid')
+    survive.add_argument(
+        '--finetune', metavar='RECIPE', help='other text, with learning rates as its grid; file or name'
+    )
     survive.add_argument('--grid', action='append', default=[], metavar='KEY=V,V', help='for the recipes with this key')
     survive.add_argument('--bits', type=_numbers(int), default=(8, 4), metavar='N,N', help='of weights (default: 8,4)')
     survive.add_argument('--group', type=positive, default=64, metavar='N', help='weights per scale (default: 64)')
@@ -75,9 +91,13 @@ def _add_runs(parser: argparse.ArgumentParser, out: str) -> None:
         'changes',
         nargs='+',
         metavar='RECIPE|key=value',
-        help='YAML files (+ joins overlays); overrides apply to all',
+        help='YAML files, or names that recipes lists (+ joins overlays); overrides apply to all',
     )
-    parser.add_argument('--seeds', type=positive, default=1, metavar='N', help='seeds per run (default: 1)')
+    _add_options(parser, out)
+
+
+def _add_options(parser: argparse.ArgumentParser, out: str, seeds: int = 1) -> None:
+    parser.add_argument('--seeds', type=positive, default=seeds, metavar='N', help=f'seeds per run (default: {seeds})')
     parser.add_argument('--jobs', type=positive, metavar='N', help='parallel runs (default: cores; 1 on a GPU)')
     parser.add_argument('--out', type=Path, default=Path(out), metavar='DIR', help=f'for results (default: {out})')
 
@@ -100,12 +120,38 @@ def _compare(options: argparse.Namespace) -> int:
     if (code := refuse_launcher('compare')) != OK:
         return code
     starting('compare')
+    recipes, overrides = files_and_overrides(options.changes)
+    return _compared(recipes, overrides, options, options.sharpness, options.landscape)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    """Train SGD, SGD that is stopped early, and SAM on digits with wrong labels, and write tables and pictures.
+
+    It is composer-sam compare digits/sgd digits/sgd_early digits/sam --seeds 3 --out demo --sharpness --landscape.
+    """
+    if (code := refuse_launcher('demo')) != OK:
+        return code
+    starting('demo')
+    with extra('all', 'the demo'):
+        files, overrides = files_and_overrides(options.changes)
+        if files:
+            complain(f'demo takes no recipes, got {" ".join(files)}; composer-sam compare compares recipes')
+            return MISTAKE
+        if not (found := shipped.recipes()):
+            complain(shipped.MISSING)
+            return MISTAKE
+        # Their files: a file of the user's that has the same name is not meant here.
+        return _compared([str(found[name]) for name in DEMO], overrides, options, sharpness=True, landscape=True)
+
+
+def _compared(
+    recipes: Sequence[str], overrides: Sequence[str], options: argparse.Namespace, sharpness: bool, landscape: bool
+) -> int:
     from composer_sam.recipes import RecipeError
     from composer_sam.studies.compare import RunError, compare
 
-    recipes, overrides = files_and_overrides(options.changes)
     try:
-        compare(recipes, overrides, options.seeds, options.out, options.jobs, options.sharpness, options.landscape)
+        compare(recipes, overrides, options.seeds, options.out, options.jobs, sharpness, landscape)
     except RecipeError as error:
         complain(str(error))
         return MISTAKE

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from composer_sam.files import make_writable
+from composer_sam.shipped import expanded
 
 __all__ = [
     'FAILED',
@@ -57,10 +58,11 @@ def positive(text: str) -> int:
 
 
 def files_and_overrides(changes: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separate paths of files from ``dotted.key=value`` overrides."""
+    """Separate files, and names of recipes, from ``dotted.key=value`` overrides."""
     from composer_sam.recipes import is_override
 
-    return [c for c in changes if not is_override(c)], [c for c in changes if is_override(c)]
+    files = [file for change in changes if not is_override(change) for file in expanded(change)]
+    return files, [change for change in changes if is_override(change)]
 
 
 def check_folder(folder: Path) -> None:

@@ -32,10 +32,8 @@ __all__ = ['add']
 def add(commands: Commands) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser('train', help='train one recipe', description=_train.__doc__, allow_abbrev=False)
-    parser.add_argument('recipe', metavar='RECIPE', help='a YAML file, such as yamls/digits/sam.yaml')
-    parser.add_argument(
-        'changes', nargs='*', metavar='OVERLAY.yaml|key=value', help='merged into the recipe, files first'
-    )
+    parser.add_argument('recipe', metavar='RECIPE', help='a YAML file, or a name that recipes lists, as digits/sam')
+    parser.add_argument('changes', nargs='*', metavar='OVERLAY|key=value', help='merged into the recipe, files first')
     parser.add_argument('--dry-run', action='store_true', help='check the recipe, print it resolved, train nothing')
     parser.set_defaults(command=_train)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -13,6 +13,7 @@ import yaml
 from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from composer_sam import shipped
 from composer_sam.recipes.check import check_recipe
 from composer_sam.recipes.environment import from_environment
 from composer_sam.recipes.errors import RecipeError
@@ -46,8 +47,10 @@ def load_recipe(
     A null removes a key that a base or an earlier overlay has set.
 
     Args:
-        path: the YAML file of the recipe; overlays can follow it, joined by ``+``: ``sgd.yaml+gam.yaml``.
-        overlays: further YAML files, each merged over the ones before it.
+        path: the YAML file of the recipe, or where there is no such file the name of a recipe that comes with the
+            package: ``digits/sgd``; overlays can follow it, joined by ``+``: ``digits/sgd+gam.yaml``. The ending can be
+            left out.
+        overlays: further files or names, each merged over the ones before it.
         overrides: ``dotted.key=value``, merged over all files.
         tell: called with a line about every overlay, every component that is replaced by another and every key that is
             removed, if the recipe is valid.
@@ -63,7 +66,7 @@ def load_recipe(
     nulls: dict[tuple[str, ...], bool] = {}
     merged: dict[str, Any] = {}
     for index, file in enumerate(files):
-        chain = _chain(file)
+        chain = _chain(_find(file))
         if not code:
             for one, content in chain:
                 refuse_functions(content, one)
@@ -76,7 +79,7 @@ def load_recipe(
             own = merge(own, Layer(str(one), content)) if index and len(chain) > 1 else content
         named.append(NamedFile(chain, own if index else merged, merged))
         if index:
-            lines.append(overlay_line(str(file), [str(one) for one in files[:index]], own, before))
+            lines.append(overlay_line(file, files[:index], own, before))
     # What an overlay removes is in its line.
     merged = {section: _without_removed(section, content) for section, content in merged.items()}
     command_line = Layer('the command line', _parse_overrides(overrides))
@@ -132,16 +135,29 @@ def _resolved(content: dict[str, Any], path: str | Path, left_out: Collection[st
     return cast(dict[str, Any], _without_nulls(resolved))
 
 
-def _split(path: str | Path) -> list[Path]:
+def _split(path: str | Path) -> list[str]:
     """Return the recipe and its overlays, which are joined by ``+``; a file can have a plus in its name."""
-    text = str(path)
-    return [Path(path)] if Path(path).exists() else [Path(part) for part in text.split('+') if part] or [Path(path)]
+    text = os.fspath(path)
+    return [text] if _file(Path(text)) else [part for part in text.split('+') if part] or [text]
+
+
+def _file(path: Path) -> Path | None:
+    """Return the file at a path, whose ending can be left out; None if there is none."""
+    return next((file for file in (path, Path(f'{path}.yaml')) if file.is_file()), None)
+
+
+def _find(text: str, folder: Path = Path()) -> Path:
+    """Return the file at a path relative to a folder, or else the file of the shipped recipe of this name."""
+    path = folder / text
+    found = _file(path) or shipped.find(text)
+    if found is None:
+        written = text if folder == Path() else str(path)
+        raise RecipeError(f'recipe {written!r} does not exist{_suggestion(path, text)}')
+    return found
 
 
 def _chain(path: Path, children: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
-    """Return what a file says, after what its bases say (relative to it), with their paths."""
-    if not path.is_file():
-        raise RecipeError(f'recipe {str(path)!r} does not exist{_suggestion(path)}')
+    """Return what a file says, after what its bases say (relative to it, or shipped), with their paths."""
     if path.resolve() in children:
         raise RecipeError(f'{path}: base leads back to itself ({" -> ".join(map(str, (*children, path.resolve())))})')
     try:
@@ -155,8 +171,11 @@ def _chain(path: Path, children: tuple[Path, ...] = ()) -> list[tuple[Path, dict
     if base is None:
         return [(path, content)]
     if not isinstance(base, str):
-        raise RecipeError(f'base: must be the path of a recipe relative to {path}, got {base!r}')
-    return [*_chain(path.parent / base, (*children, path.resolve())), (path, content)]
+        raise RecipeError(
+            f'base: must be the path of a recipe relative to {path}, or the name of one that composer-sam recipes '
+            f'lists, got {base!r}'
+        )
+    return [*_chain(_find(base, path.parent), (*children, path.resolve())), (path, content)]
 
 
 def _parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
@@ -181,9 +200,9 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _suggestion(path: Path) -> str:
-    """Return a suggestion of the existing files whose paths are the most similar to one that does not exist."""
+def _suggestion(path: Path, text: str) -> str:
+    """Return a suggestion of the files and names that are the most similar to a path, written as ``text``."""
     existing = next((parent for parent in path.parents if parent.is_dir()), Path())
     found = {str(match) for match in existing.glob('*.yaml')} | {str(match) for match in Path('yamls').rglob('*.yaml')}
-    close = difflib.get_close_matches(str(path), sorted(found), n=3, cutoff=0.0)
-    return f'; did you mean {" or ".join(close)}?' if close else '; there is no YAML file here'
+    suggestion = shipped.nearest(text, found)
+    return f'; {suggestion}' if suggestion else '; there is no YAML file here'

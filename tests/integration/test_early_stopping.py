@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from composer.core import State
 from composer.loggers import Logger
 from rich.console import Console
 
+from composer_sam.commands.studies import DEMO
 from composer_sam.recipes import History, RecipeError, build_trainer, load_recipe
 from composer_sam.recipes import data as recipe_data
 from composer_sam.recipes.data import Images, build_data
@@ -188,8 +188,7 @@ def test_the_table_and_the_picture_of_a_comparison_show_the_chosen_epochs() -> N
 
 
 def test_the_demo_compares_with_sgd_that_is_stopped_early() -> None:
-    (line,) = re.findall(r'^demo:.*\n\t(.*)$', (ROOT / 'Makefile').read_text(), flags=re.MULTILINE)
-    recipes = [load_recipe(ROOT / word) for word in shlex.split(line) if word.endswith('.yaml')]
+    recipes = [load_recipe(name) for name in DEMO]
     assert [recipe.name for recipe in recipes] == ['SGD', 'SGD, stopped early', 'SAM']
     sgd, early, _ = (recipe.model_dump(exclude={'name', 'early_stopping'}) for recipe in recipes)
     assert early['data'].pop('validation_fraction') == 0.1 and sgd['data'].pop('validation_fraction') == 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from composer_sam import shipped
 from composer_sam.commands.main import main
 from composer_sam.recipes import load_recipe
 from composer_sam.recipes.keys import all_keys
@@ -14,26 +15,35 @@ from composer_sam.recipes.schema import DATA, MODELS, Recipe
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_shipped_recipe_is_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(ROOT)
-    assert main(['recipes']) == 0
-    lines = capsys.readouterr().out.splitlines()
-    listed = dict(line.split('  ', 1) for line in lines[::2])
-    assert listed.keys() == {str(path.relative_to(ROOT)) for path in (ROOT / 'yamls').rglob('*.yaml')}
-    for path, name in listed.items():
-        if not path.startswith('yamls/methods/'):
-            assert name == load_recipe(path, overrides=['device=cpu', 'precision=fp32']).name
-    assert all(line.startswith('    ') and len(line) > 10 for line in lines[1::2])
-    index = lines.index('yamls/digits/sam.yaml  SAM')
-    assert lines[index + 1] == '    SAM on digits with wrong labels'
-
-
-def test_where_there_are_no_recipes_it_says_so(
+def test_every_shipped_recipe_is_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(['recipes']) == 2
-    assert 'there is no yamls/ with recipes in the current folder' in capsys.readouterr().err
+    assert main(['recipes']) == 0
+    recipes, overlays = (part.splitlines() for part in capsys.readouterr().out.split('\nOverlays'))
+    assert 'composer-sam train NAME' in recipes[0] and 'composer-sam train RECIPE NAME' in overlays[0]
+    lines = [*recipes[2:], *overlays[2:]]
+    listed = dict(line.split('  ', 1) for line in lines[::2])
+    files = (ROOT / 'yamls').rglob('*.yaml')
+    assert listed.keys() == {path.relative_to(ROOT / 'yamls').with_suffix('').as_posix() for path in files}
+    for name, run in listed.items():
+        overlay = name.startswith('methods/')
+        assert any(line.startswith(f'{name}  ') for line in (overlays if overlay else recipes))
+        if not overlay:
+            assert run == load_recipe(name, overrides=['device=cpu', 'precision=fp32']).name
+    assert all(line.startswith('    ') and len(line) > 6 and 'as an overlay' not in line for line in lines[1::2])
+    index = lines.index('digits/sam  SAM')
+    assert lines[index + 1] == '    SAM on digits with wrong labels'
+    assert lines[lines.index('methods/gsam  GSAM') + 1] == '    SAM guided by the surrogate gap'
+
+
+def test_where_the_recipes_are_missing_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shipped, '_FOLDERS', ())
+    for command in (['recipes'], ['recipes', 'copy', 'digits/sam'], ['demo']):
+        assert main(command) == 2
+        assert 'missing from this installation' in capsys.readouterr().err
 
 
 def test_every_key_has_a_type_a_default_and_a_meaning(capsys: pytest.CaptureFixture[str]) -> None:
