@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-__all__ = ['RandomStreams', 'streams_of']
+__all__ = ['RandomStreams', 'computing_on', 'streams_of']
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,13 @@ class RandomStreams:
             for number, (stream, place) in enumerate(zip(self._streams, since, strict=True))
             if (only is None or number in only) and not stream.same(stream.read(), place)
         ]
+
+
+def computing_on(devices: frozenset[torch.device]) -> frozenset[torch.device]:
+    """Return the devices that passes can draw on: those of the parameters, and the GPU where these are offloaded."""
+    if not torch.cuda.is_initialized():
+        return devices
+    return devices | {torch.device('cuda', torch.cuda.current_device())}
 
 
 @functools.lru_cache(maxsize=16)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from composer_sam.engine.streams import RandomStreams
+from composer_sam import SAM, SharpnessAwareOptimizer
+from composer_sam.engine.streams import RandomStreams, computing_on, streams_of
 
 
 @pytest.fixture(autouse=True)
@@ -83,3 +84,30 @@ def test_a_stream_that_was_drawn_from_has_moved(draw: Callable[[], object], stre
     assert streams.moved(places) == [stream]
     streams.write(places)
     assert streams.moved(places) == []
+
+
+def test_the_stream_of_the_gpu_is_put_back_where_parameters_are_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for a GPU: its stream is a number that every draw moves."""
+    place, drawn = [0], []
+
+    def draw(module: torch.nn.Module, inputs: object) -> None:
+        del module, inputs
+        drawn.append(place[0])
+        place[0] += 1
+
+    cpu = frozenset({torch.device('cpu')})
+    assert computing_on(cpu) == cpu
+    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 3)
+    monkeypatch.setattr(torch.cuda, 'get_rng_state', lambda device: torch.tensor(place))
+    monkeypatch.setattr(torch.cuda, 'set_rng_state', lambda state, device: place.__setitem__(0, int(state)))
+    assert computing_on(cpu) == cpu | {torch.device('cuda', 3)}
+    model = torch.nn.Linear(2, 1)
+    model.register_forward_pre_hook(draw)
+    optimizer = SharpnessAwareOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SAM(), model)
+    for _ in range(2):
+        for _ in optimizer.passes():
+            optimizer.zero_grad()
+            model(torch.ones(4, 2)).square().mean().backward()
+    assert drawn == [0, 0, 1, 1]
+    streams_of.cache_clear()
