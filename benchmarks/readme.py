@@ -1,6 +1,6 @@
-"""Write the figures of README and docs from the committed reports and by arithmetic, between marks such as
+"""Write the figures of the docs from the committed reports and by arithmetic, between marks such as
 
-    <!-- figures: costs -->
+    <!-- figures: results -->
     <!-- end of figures -->
 
 so that no figure is typed by hand. A test checks that the files are up to date.
@@ -25,8 +25,17 @@ from composer_sam.markdown import table
 __all__ = ['FILES', 'filled', 'main']
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = (ROOT / 'README.md', ROOT / 'docs' / 'choosing.md', ROOT / 'docs' / 'scale.md')
-_MARKED = re.compile(r'(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)', re.DOTALL)
+DOCS = ROOT / 'docs'
+FILES = (
+    DOCS / 'benchmarks.md',
+    DOCS / 'choosing.md',
+    DOCS / 'scale.md',
+    *(file for file in sorted((DOCS / 'methods').glob('*.md')) if file.name != 'index.md'),
+)
+_MARKED = re.compile(r'(<!-- figures: (\w+)(?: (\w+))? -->\n).*?(<!-- end of figures -->)', re.DOTALL)
+_THROUGH = "Whole steps through Composer's Trainer"
+_CHEAP = 'Whole steps of methods that take less than two passes'
+_MEMORY = 'Memory beyond the base optimizer'
 MODELS = {'resnet18': 'ResNet-18', 'vit': 'ViT', 'mlp': 'MLP'}
 
 Row = dict[str, Any]
@@ -53,13 +62,13 @@ class Figures:
         return found
 
 
-def link(name: str, prefix: str) -> str:
-    """Return a link to a report."""
-    return f'[{name}]({prefix}benchmarks/results/{name}.md)'
+def link(name: str, folder: str = '..') -> str:
+    """Return a link to a report, from a page whose folder is so far below the repository's root."""
+    return f'[{name}]({folder}/benchmarks/results/{name}.md)'
 
 
 def results() -> str:
-    """Return README's table: time, memory and traffic of a step, and accuracy, beside those of other packages."""
+    """Return the table of docs/benchmarks.md: time, memory and traffic of a step, and accuracy, beside those of other packages."""
     rows = [*_steps(), *_cheap_steps(), *_optimizer_side(), *_memory(), *_traffic(), *_curvature(), *_gpu(), *_worth()]
     return table(('what', 'composer_sam', 'beside it', 'report'), rows)
 
@@ -99,19 +108,17 @@ def radii() -> str:
 
 def _steps() -> Iterator[Sequence[str]]:
     figures = Figures('step_time')
-    through, plain = "Whole steps through Composer's Trainer", 'Whole steps in a plain loop'
+    plain = 'Whole steps in a plain loop'
 
     def ratios(title: str, setting: str, variant: str) -> str:
         found = {m: figures.rows(title, model=m, setting=setting, variant=variant) for m in MODELS}
-        return ', '.join(
-            f'{MODELS[m]} {row["x base"]:.2f}x ± {row["± x"]:.2f}' for m, rows in found.items() for row in rows
-        )
+        return ', '.join(_ratio(row) for rows in found.values() for row in rows)
 
-    def line(what: str, setting: str, variant: str, peer: str = '', title: str = through) -> Sequence[str]:
+    def line(what: str, setting: str, variant: str, peer: str = '', title: str = _THROUGH) -> Sequence[str]:
         limit = figures.row(title, model='mlp', setting=setting, variant=variant)['limit']
         beside = f'{peer.partition(",")[0]}: {ratios(title, setting, peer)}' if peer else ''
         what = f'{what}, x the base step (limit {limit:.2f}x)'
-        return what, ratios(title, setting, variant), beside, link('step_time', '')
+        return what, ratios(title, setting, variant), beside, link('step_time')
 
     yield line('SAM step', 'trainer', 'SAM', "Composer's SAM")
     yield line('the same, `interval=10`', 'trainer', 'SAM, interval 10', "Composer's SAM, interval 10")
@@ -124,14 +131,17 @@ def _steps() -> Iterator[Sequence[str]]:
     yield line('a second base run: the noise', 'trainer', 'base again')
 
 
+def _ratio(row: Row) -> str:
+    return f'{MODELS[row["model"]]} {row["x base"]:.2f}x ± {row["± x"]:.2f}'
+
+
 def _cheap_steps() -> Iterator[Sequence[str]]:
-    title = 'Whole steps of methods that take less than two passes'
     figures = Figures('cheap_steps')
     for variant in ('MSAM', 'LookSAM, k=5', 'SAM, ascent_fraction=0.25'):
-        rows = {m: figures.row(title, model=m, setting='trainer', variant=variant) for m in MODELS}
-        found = ', '.join(f'{MODELS[m]} {row["x base"]:.2f}x ± {row["± x"]:.2f}' for m, row in rows.items())
+        rows = {m: figures.row(_CHEAP, model=m, setting='trainer', variant=variant) for m in MODELS}
+        found = ', '.join(_ratio(row) for row in rows.values())
         limit = rows['mlp']['limit']
-        yield f'{variant}, x the base step (its passes: {limit:.2f}x)', found, '', link('cheap_steps', '')
+        yield f'{variant}, x the base step (its passes: {limit:.2f}x)', found, '', link('cheap_steps')
 
 
 def _optimizer_side() -> Iterator[Sequence[str]]:
@@ -148,12 +158,12 @@ def _optimizer_side() -> Iterator[Sequence[str]]:
             f'optimizer side of a SAM step, {name}',
             f'{ms("SAM")}, {floor:.1f}x the memory floor',
             beside,
-            link('optimizer_overhead', ''),
+            link('optimizer_overhead'),
         )
 
 
 def _memory() -> Iterator[Sequence[str]]:
-    rows = Figures('memory').rows('Memory beyond the base optimizer', model='resnet18', base='SGD')
+    rows = Figures('memory').rows(_MEMORY, model='resnet18', base='SGD')
     found = {row['variant']: row for row in rows}
 
     def copies(variant: str) -> str:
@@ -163,7 +173,7 @@ def _memory() -> Iterator[Sequence[str]]:
     for method in ('SAM', 'WSAM', 'GAM'):
         beside = ', '.join(f'{peer} {copies(peer)}' for peer in peers) if method == 'SAM' else ''
         what = f'memory of {method}, held between steps / at the peak, in copies of the parameters'
-        yield what, copies(method), beside, link('memory', '')
+        yield what, copies(method), beside, link('memory')
 
 
 def _traffic() -> Iterator[Sequence[str]]:
@@ -173,7 +183,7 @@ def _traffic() -> Iterator[Sequence[str]]:
         'gradients averaged over ranks in a step under DDP',
         ', '.join(f'{name} {_averaged(found[name]):g}' for name in ('SAM', 'GAM', 'WSAM')),
         f'SGD {_averaged(found["SGD"]):g}',
-        link('scaling', ''),
+        link('scaling'),
     )
 
 
@@ -185,7 +195,7 @@ def _curvature() -> Iterator[Sequence[str]]:
     for row in Figures('diagnostics').rows('The largest eigenvalue of the Hessian'):
         what = f'largest Hessian eigenvalue, {row["model"]}, {row["samples"]} samples'
         beside = f'{row["x"]:.1f}x the peak memory of a training step'
-        yield what, f'{row["s in all"]:.0f} s', beside, link('diagnostics', '')
+        yield what, f'{row["s in all"]:.0f} s', beside, link('diagnostics')
 
 
 def _gpu() -> Iterator[Sequence[str]]:
@@ -197,7 +207,7 @@ def _gpu() -> Iterator[Sequence[str]]:
             f'SAM{interval}, CIFAR ResNet-18, one H200, bf16, batch 1024; an earlier version',
             f'{found[f"SAM{interval}"]["x base"]:.2f}x',
             f"""Composer's SAM {found[f"Composer's SAM{interval}"]['x base']:.2f}x""",
-            link('gpu-h200', ''),
+            link('gpu-h200'),
         )
 
 
@@ -212,7 +222,7 @@ def _worth() -> Iterator[Sequence[str]]:
                 f'accuracy, {row["task"]}',
                 f'{row["variant"]}: {_accuracy(row)}, gain {equal} points at equal epochs, {fair} at equal compute',
                 f'SGD: {_accuracy(_plain(row["task"]))}',
-                link('quality', ''),
+                link('quality'),
             )
 
 
@@ -261,7 +271,29 @@ def remedies() -> str:
     return table(columns, found)
 
 
-FIGURES: dict[str, Callable[[], str]] = {
+def method(name: str) -> str:
+    """Return the table of a method's page with what our reports have measured of it."""
+    rows = [*_time_of(name), *_memory_of(name)]
+    return table(('measured', 'here', 'report'), rows)
+
+
+def _time_of(name: str) -> Iterator[Sequence[str]]:
+    for report, title in (('step_time', _THROUGH), ('cheap_steps', _CHEAP)):
+        rows = [row for row in Figures(report).rows(title, setting='trainer') if row['variant'].split(',')[0] == name]
+        for variant in dict.fromkeys(row['variant'] for row in rows):
+            if report == 'cheap_steps' and variant in ('SAM', 'SAM, interval=5'):
+                continue  # step_time has them
+            found = ', '.join(_ratio(row) for row in rows if row['variant'] == variant)
+            yield f'time of a step of {variant}, x the base step', found, link(report, '../..')
+
+
+def _memory_of(name: str) -> Iterator[Sequence[str]]:
+    row = Figures('memory').row(_MEMORY, model='resnet18', base='SGD', variant=name)
+    what = 'memory held between steps / added at the peak, ResNet-18, in copies of the parameters'
+    yield what, f'{row["held between steps"]:.1f} / {row["at the peak"]:.1f}', link('memory', '../..')
+
+
+FIGURES: dict[str, Callable[..., str]] = {
     'results': results,
     'accuracies': accuracies,
     'intervals': intervals,
@@ -270,12 +302,15 @@ FIGURES: dict[str, Callable[[], str]] = {
     'remedies': remedies,
     'scale': memory_tables,
     'scale_steps': steps_table,
+    'method': method,
 }
 
 
 def filled(text: str) -> str:
     """Return the text with the figures of the current reports between its marks."""
-    return _MARKED.sub(lambda found: f'{found[1]}{FIGURES[found[2]]()}{found[3]}', text)
+    return _MARKED.sub(
+        lambda found: f'{found[1]}{FIGURES[found[2]](*filter(None, (found[3],)))}{found[4]}', text
+    )
 
 
 def main() -> None:

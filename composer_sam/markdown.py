@@ -1,10 +1,15 @@
-"""Tables in Markdown."""
+"""Tables in Markdown, and docstrings as Markdown."""
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Iterable, Sequence
 
-__all__ = ['table']
+__all__ = ['of_docstring', 'table']
+
+_MATH = re.compile(r'^( *)\.\. math::\n\n((?:\1 +.*\n?|\n)+)', re.MULTILINE)
+_ROLE = re.compile(r':\w+:`~?([^`]*)`')
 
 
 def table(headings: Sequence[object], rows: Iterable[Sequence[object]], *, aligned: bool = False) -> str:
@@ -30,3 +35,22 @@ def table(headings: Sequence[object], rows: Iterable[Sequence[object]], *, align
 
 def _cell(value: object) -> str:
     return str(value).replace('|', r'\|').replace('\n', ' ')
+
+
+def of_docstring(text: str) -> str:
+    r"""Return a docstring's text with its reStructuredText marks as Markdown: mathematics, code and references.
+
+    Example:
+        >>> print(of_docstring('with :math:`\\rho > 0`, as :class:`~composer_sam.ASAM` has, and ``w``'))
+        with $\rho > 0$, as `composer_sam.ASAM` has, and `w`
+    """
+    text = _MATH.sub(_formula, text)
+    text = re.sub(r':math:`([^`]*)`', lambda found: f'${" ".join(found[1].split())}$', text)
+    return _ROLE.sub(r'`\1`', text).replace('``', '`')
+
+
+def _formula(found: re.Match[str]) -> str:
+    formula = textwrap.dedent(found[2]).strip()
+    if '&' in formula and r'\begin' not in formula:
+        formula = f'\\begin{{aligned}}\n{formula}\n\\end{{aligned}}'
+    return textwrap.indent(f'$$\n{formula}\n$$\n\n', found[1])

@@ -1,101 +1,66 @@
-"""The generator of docs/methods.md from the registry: ``python -m composer_sam.methods > docs/methods.md``."""
+"""The generator of the pages of the methods from the registry: ``python -m composer_sam.methods docs/methods``.
+
+It writes one page per method, and in ``index.md`` what stands between marks such as ``<!-- generated: table -->`` and
+``<!-- end of generated -->``. The measured figures are filled in afterwards by ``python -m benchmarks.readme``.
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import inspect
 import itertools
 import operator
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from composer_sam import markdown
-from composer_sam.methods import own_fields, registry, table
+from composer_sam.files import write_whole
+from composer_sam.methods import registry, table
 from composer_sam.methods.base import SharpnessAware
+from composer_sam.methods.cards import card, file_of, hyperparameters
 
 __all__: list[str] = []  # the public names are in the package
 
-_HEAD = """\
-# The methods
-
-This page is generated from the code by `python -m composer_sam.methods > docs/methods.md`; a test checks that it is up
-to date. The update rules are in the docstrings, `help(composer_sam.SAM)`, and in `composer_sam/methods/`, one file per
-method.
-"""
-_COLUMNS = """
-Passes are the forward-backward passes of a perturbed step. Cost is their average, times the one of the base
-optimizer's step; Hv is a product of the Hessian with a vector, about as long as two more passes. Memory is what the
-step adds to the base step's peak, in copies of the parameters, as `benchmarks/memory.py` measures it; the memory of
-SGDHess is in addition to the graph that its backward keeps. Held is what stays in the base optimizer's state between
-steps, and is in checkpoints too. Collectives are a step's exchanges of gradients over the ranks of
-DistributedDataParallel, at most; an ordinary step has one. Passes and collectives are counted on the rules, with the
-default hyper-parameters.
-"""
-_SHARED = """
-## Hyper-parameters of every method
-
-Some methods refuse some of them, where they mean nothing: an error says so, and why.
-"""
+_MARKED = re.compile(r'(<!-- generated: (\w+) -->\n).*?(<!-- end of generated -->)', re.DOTALL)
 
 
-def document() -> str:
-    """Return the page as Markdown."""
-    rows = table()
-    parts = [_HEAD]
-    for group, members in itertools.groupby(rows, operator.itemgetter('group')):
-        parts.append(f'\n## {group}\n\n{_overview(members)}')
-    parts += [_COLUMNS, *(_section(row) for row in rows)]
-    parts += [_SHARED, '\n', _hyperparameters(SharpnessAware, list(dataclasses.fields(SharpnessAware)))]
-    return ''.join(parts)
+def pages() -> dict[str, str]:
+    """Return the page of every method, as Markdown, by the name of its file."""
+    return {f'{file_of(registry[row["name"]])}.md': card(row, registry[row['name']]) for row in table()}
+
+
+def filled(text: str) -> str:
+    """Return the page of all methods with what is generated between its marks."""
+    parts = {
+        'table': _tables(),
+        'hyperparameters': hyperparameters(SharpnessAware, list(dataclasses.fields(SharpnessAware))),
+    }
+    return _MARKED.sub(lambda found: f'{found[1]}{parts[found[2]]}{found[3]}', text)
+
+
+def _tables() -> str:
+    groups = itertools.groupby(table(), operator.itemgetter('group'))
+    return '\n'.join(f'### {group}\n\n{_overview(members)}' for group, members in groups)
 
 
 def _overview(rows: Iterable[dict[str, Any]]) -> str:
     shown = ('passes', 'cost', 'extra_copies', 'held', 'collectives', 'when')
     headings = ('method', 'passes', 'cost', 'memory', 'held', 'collectives', 'take it when')
-    links = ((f'[{row["name"]}](#{row["name"].lower()})', *(row[key] for key in shown)) for row in rows)
+    links = ((f'[{row["name"]}]({file_of(registry[row["name"]])}.md)', *(row[key] for key in shown)) for row in rows)
     return markdown.table(headings, links)
 
 
-def _section(row: dict[str, Any]) -> str:
-    method = registry[row['name']]
-    recipe = method.__module__.split('.')[-1]
-    return (
-        f'\n## {row["name"]}\n\n{row["summary"]}\n\n{row["paper"]}. Overlay for recipes: '
-        f'[{recipe}.yaml](../yamls/methods/{recipe}.yaml).\n\n{_hyperparameters(method, own_fields(method))}'
-    )
-
-
-def _hyperparameters(method: type[SharpnessAware], fields: list[dataclasses.Field[Any]]) -> str:
-    meanings = _meanings(inspect.getdoc(method) or '')
-    rows = [(f'`{f.name}`', f'`{f.default!r}`', _range(f), meanings[f.name]) for f in fields]
-    return markdown.table(('hyper-parameter', 'default', 'range', 'meaning'), rows)
-
-
-def _range(field: dataclasses.Field[Any]) -> str:
-    if 'choices' in field.metadata:
-        return ', '.join(f'`{choice!r}`' for choice in field.metadata['choices'])
-    if 'range' in field.metadata:
-        bounds = ' and '.join(f'{sign} {bound:g}'.replace('>=', '≥') for sign, bound in field.metadata['range'].bounds)
-        return (bounds or 'any number') + (', or `None`' if field.default is None else '')
-    if isinstance(field.default, bool):
-        return '`True`, `False`'
-    if isinstance(field.default, int):
-        return f'integer ≥ {min(1, field.default)}'
-    return {'int | None': 'integer ≥ 1, or `None`', 'str | None': 'a name, or `None`'}.get(str(field.type), '')
-
-
-def _meanings(doc: str) -> dict[str, str]:
-    """Return the text of each argument in a docstring's ``Args``, as Markdown."""
-    section = re.split(r'\n\n', doc.split('Args:\n', 1)[1], maxsplit=1)[0]
-    entries = re.findall(r'^    (\w+): (.*(?:\n {8}.*)*)', section, flags=re.MULTILINE)
-    return {name: _markdown(' '.join(text.split())) for name, text in entries}
-
-
-def _markdown(text: str) -> str:
-    text = re.sub(r':math:`([^`]*)`', r'$\1$', text)
-    return re.sub(r':\w+:`([^`]*)`', r'`\1`', text).replace('``', '`')
+def main() -> None:
+    parser = argparse.ArgumentParser(prog='python -m composer_sam.methods', description='Write the pages of the methods.')
+    parser.add_argument('folder', type=Path, help='the folder of the pages, docs/methods')
+    folder: Path = parser.parse_args().folder
+    for name, page in pages().items():
+        write_whole(folder / name, page)
+    index = folder / 'index.md'
+    write_whole(index, filled(index.read_text()))
 
 
 if __name__ == '__main__':
-    print(document(), end='')
+    main()

@@ -32,8 +32,7 @@ class FriendlySAM(SharpnessAware):
     Args:
         rho: radius of the perturbation, :math:`\rho > 0`, in the units of the weights' norm. May be set per group.
         sigma: how much of the average is taken away, :math:`\sigma \ge 0`; 0 is SAM. May be set per group.
-        lmbda: :math:`\lambda`, how slowly the average moves, :math:`0 \le \lambda < 1`. The authors use 0.6 and 0.95.
-            May be set per group.
+        lmbda: :math:`\lambda`, how slowly the average moves, :math:`0 \le \lambda < 1`. May be set per group.
         adaptive: measure the radius in the scale of the weights, :math:`e = \rho w^2 u / (\lVert w u \rVert +
             \epsilon)`.
         epsilon: added to the norm, :math:`\epsilon \ge 0`. May be set per group.
@@ -45,6 +44,9 @@ class FriendlySAM(SharpnessAware):
 
     Departures:
         A popular copy averages u in place of g; the authors' program, and this, average g.
+
+    Settings:
+        The authors' programs: lmbda 0.6 in the script, 0.95 in train.py; sigma 1.
 
     Raises:
         ValueError: a hyper-parameter is out of its range.

@@ -46,6 +46,10 @@ class FunctionalSAM(SharpnessAware):
     Parameters that act on the loss after the outputs get the new gradient. A model that is compiled must be given to
     the optimizer as it is called: a hook inside a compiled graph cannot act.
 
+    Settings:
+        No published settings beyond the defaults. The paper trains language models with AdamW, and finds a further gain
+        with a preconditioned perturbation, which is not in this class.
+
     Raises:
         ValueError: a hyper-parameter is out of its range; the optimizer has no ``model``; at the first step, which is
             undone, the output has no such tensor, or the loss does not depend on it.

@@ -39,6 +39,10 @@ class GNP(SharpnessAware):
         2 passes per perturbing step, two copies of the parameters at the peak, nothing between steps. Over ranks one
         collective for the first gradient, besides the second backward's own.
 
+    Settings:
+        The authors' program, WRN-28-10 on CIFAR-10: rho 0.1, alpha 0.8, ``norm_perturbations=True``, with SGD at
+        learning rate 0.1, weight decay 0.001 and 200 epochs.
+
     Raises:
         ValueError: a hyper-parameter is out of its range.
 

@@ -42,6 +42,10 @@ class GSAM(SharpnessAware):
     Departures:
         The authors' ``rho_min`` ties the radius to the learning rate inside the method; here any schedule does.
 
+    Settings:
+        The authors' PyTorch program, WRN-16-8 on CIFAR-10: ``adaptive=True``, rho 2.0, alpha 0.2. In the paper rho
+        follows the learning rate from its largest to its smallest value.
+
     Raises:
         ValueError: a hyper-parameter is out of its range.
 

@@ -48,8 +48,15 @@ class LookSAM(SharpnessAware):
         Popular copies take the weights for the old gradient, or add the gradient twice at the steps between; the
         paper's rule is here.
 
+    Settings:
+        No published settings beyond the defaults. Ours with k 5 and 10 kept less of SAM's gain than ``interval`` does
+        (benchmarks/results/thrift.md).
+
     Raises:
         ValueError: a hyper-parameter is out of its range.
+
+    Limits:
+        - Our runs: worse than SGD on three tasks of five (docs/choosing.md).
 
     Example:
         >>> from composer_sam import LookSAM
