@@ -3,7 +3,7 @@ PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.10,$(shell python$(v) -c 'import s
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-torch test-llm-foundry gpu benchmarks check format lint types hooks build clean
+.PHONY: demo test test-all test-torch test-llm-foundry gpu benchmarks docs docs-serve check format lint types hooks build clean
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not ((3, 10) <= sys.version_info[:2] <= (3, 12)))' \
@@ -66,6 +66,15 @@ benchmarks: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e '.[benchmarks]'
 	$(BIN)/python -m benchmarks --set $(SET) $(if $(IMAGES),--images '$(IMAGES)')
 
+# The documentation as a site: site/index.html, built without warnings; and served on this machine while pages are written.
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.installed
+	$(BIN)/mkdocs serve --dev-addr 127.0.0.1:8000
+
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -100,4 +109,4 @@ build: $(TOOLS_VENV)/.installed
 	$(TOOLS_VENV)/bin/python -m twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) .venv-torch-* $(FOUNDRY_VENV) $(TOOLS_VENV) build dist demo runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-torch-* $(FOUNDRY_VENV) $(TOOLS_VENV) build dist site demo runs .pytest_cache .ruff_cache .hypothesis

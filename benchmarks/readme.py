@@ -308,9 +308,7 @@ FIGURES: dict[str, Callable[..., str]] = {
 
 def filled(text: str) -> str:
     """Return the text with the figures of the current reports between its marks."""
-    return _MARKED.sub(
-        lambda found: f'{found[1]}{FIGURES[found[2]](*filter(None, (found[3],)))}{found[4]}', text
-    )
+    return _MARKED.sub(lambda found: f'{found[1]}{FIGURES[found[2]](*filter(None, (found[3],)))}{found[4]}', text)
 
 
 def main() -> None:

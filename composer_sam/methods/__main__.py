@@ -53,7 +53,9 @@ def _overview(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog='python -m composer_sam.methods', description='Write the pages of the methods.')
+    parser = argparse.ArgumentParser(
+        prog='python -m composer_sam.methods', description='Write the pages of the methods.'
+    )
     parser.add_argument('folder', type=Path, help='the folder of the pages, docs/methods')
     folder: Path = parser.parse_args().folder
     for name, page in pages().items():

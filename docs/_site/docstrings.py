@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from composer_sam.markdown import of_docstring
 from griffe import Class, Extension, GriffeError, Module, Object
+
+from composer_sam.markdown import of_docstring
 
 _REFERENCE = re.compile(r':(?:class|data|func|meth|mod):`(~?)([\w.]+)`')
 
@@ -22,7 +23,9 @@ class Docstrings(Extension):
             text = scope.docstring.value
             page = scope.path.split('.')[2:3]
             if isinstance(scope, Class) and scope.path.startswith('composer_sam.methods.') and page != ['base']:
-                text = f'{text.splitlines()[0]}\n\n[Its page](../methods/{page[0]}.md) has the rule and everything else.'
+                text = (
+                    f'{text.splitlines()[0]}\n\n[Its page](../methods/{page[0]}.md) has the rule and everything else.'
+                )
             text = _REFERENCE.sub(lambda found: self._link(found[1], found[2], scope, package), text)
             scope.docstring.value = of_docstring(re.sub(r'^Example:$', 'Examples:', text, flags=re.MULTILINE))
         for member in scope.members.values():

@@ -1,4 +1,4 @@
-"""What MkDocs does not do by itself: parts of other files, links out of this folder, and formulas as MathML.
+"""What MkDocs does not do by itself: parts of other files, links out of this folder, and formulas as pictures.
 
 Links to files that are outside ``docs`` lead to pages that show these files, so that the site has all it refers to and
 needs no network, neither when it is built nor when it is read.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from html import unescape
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +118,24 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Put MathML, which browsers show without a script, in the place of LaTeX."""
+    """Draw the formulas, so that they need neither a script nor a font of the reader's."""
+    import ziamath
+
+    ziamath.config.math.color = 'currentColor'
+    ziamath.config.svg2 = False  # symbols of several pictures on one page would have the same names
+    return _FORMULA.sub(lambda found: drawn(unescape(found[3]).strip(), block=found[2] == '['), html)
+
+
+def drawn(latex: str, block: bool) -> str:
+    """Return a formula as an SVG picture with its LaTeX as the text that readers of screens get."""
+    import ziamath
     from latex2mathml.converter import convert
 
-    def formula(match: re.Match[str]) -> str:
-        return convert(unescape(match[3]).strip(), display='block' if match[2] == '[' else 'inline')
-
-    return _FORMULA.sub(formula, html)
+    # The norm's bars are as high as the letters; without a mark they grow with what stands beside them.
+    mathml = convert(latex.replace('{aligned}', '{align*}'), display='block' if block else 'inline')
+    mathml = re.sub(r'<mo[^>]*>(&#x02016;|&#x0007C;)</mo>', r'<mo stretchy="false">\1</mo>', mathml)
+    formula = ziamath.Math(mathml, size=18 if block else 16)
+    label = escape(' '.join(latex.split()), quote=True)
+    shift = '' if block else f' style="vertical-align: {formula.getyofst():.1f}px"'
+    picture = formula.svg().replace('<svg ', f'<svg role="img" aria-label="{label}"{shift} ', 1)
+    return f'<div style="overflow-x: auto; text-align: center; margin: 1em 0">{picture}</div>' if block else picture

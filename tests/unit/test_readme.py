@@ -1,4 +1,4 @@
-"""The README names tests and files that are there, and what it shows runs; so do the command lines of all pages."""
+"""What the README shows runs, promises name tests that are there, and the commands of all pages are understood."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ from typing import Any
 import pytest
 import torch
 from composer.cli import launcher
-from composer.models import ComposerClassifier
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from composer_sam import shipped
 from composer_sam.commands.main import main
 from composer_sam.recipes import is_override, load_recipe
+from tests.readers import stand_ins
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / 'README.md').read_text()
-TABLE = README.split('## What is promised')[1].split('## What it costs and what it brings')[0]
-PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+TABLE = (ROOT / 'docs' / 'promises.md').read_text()
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md'))]
 FENCE = re.compile(r'^```([^\n]*)\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 SHELL = ('', 'console', 'sh', 'shell', 'bash')
 
@@ -48,21 +46,6 @@ def test_every_link_leads_somewhere() -> None:
 # What it shows in Python.
 
 
-def _stand_ins(block: str) -> dict[str, Any]:
-    """What the reader has: a network of images of 8 x 8 pixels, an optimizer, one batch of data, a loss."""
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
-    data = TensorDataset(torch.randn(16, 1, 8, 8), torch.randint(10, (16,)))
-    return {
-        # A Trainer takes a model of Composer's, a loop of one's own any network.
-        'model': ComposerClassifier(network, num_classes=10) if 'Trainer(' in block else network,
-        'optimizer': torch.optim.SGD(network.parameters(), lr=0.1),
-        'loader': DataLoader(data, batch_size=16),
-        'loss_fn': nn.functional.cross_entropy,
-        'torch': torch,
-    }
-
-
 def test_every_python_block_runs() -> None:
     """In order and in one namespace, as a reader goes down the page; each with a model that has not been trained."""
     blocks = [
@@ -71,7 +54,7 @@ def test_every_python_block_runs() -> None:
     assert len(blocks) >= 3
     namespace: dict[str, Any] = {'__name__': 'readme'}
     for line, block in blocks:
-        namespace.update(_stand_ins(block))
+        namespace.update(stand_ins(block))
         before = [parameter.detach().clone() for parameter in namespace['model'].parameters()]
         # Empty lines put the errors' line numbers right.
         exec(compile('\n' * line + block, 'README.md', 'exec', dont_inherit=True), namespace)
