@@ -68,7 +68,7 @@ def link(name: str, folder: str = '..') -> str:
 
 
 def results() -> str:
-    """Return the table of docs/benchmarks.md: time, memory and traffic of a step, and accuracy, beside those of other packages."""
+    """Return the table of docs/benchmarks.md: steps, memory, traffic and accuracy, beside those of other packages."""
     rows = [*_steps(), *_cheap_steps(), *_optimizer_side(), *_memory(), *_traffic(), *_curvature(), *_gpu(), *_worth()]
     return table(('what', 'composer_sam', 'beside it', 'report'), rows)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 __all__ = ['of_docstring', 'table']
 
-_MATH = re.compile(r'^( *)\.\. math::\n\n((?:\1 +.*\n?|\n)+)', re.MULTILINE)
+_MATH = re.compile(r'^( *)\.\. math::(.*(?:\n\1 +\S.*|\n(?=\n))*)\n*', re.MULTILINE)
 _ROLE = re.compile(r':\w+:`~?([^`]*)`')
 
 
@@ -43,6 +43,14 @@ def of_docstring(text: str) -> str:
     Example:
         >>> print(of_docstring('with :math:`\\rho > 0`, as :class:`~composer_sam.ASAM` has, and ``w``'))
         with $\rho > 0$, as `composer_sam.ASAM` has, and `w`
+        >>> print(of_docstring('up by\n\n.. math:: e = g\n\nfrom w'))
+        up by
+        <BLANKLINE>
+        $$
+        e = g
+        $$
+        <BLANKLINE>
+        from w
     """
     text = _MATH.sub(_formula, text)
     text = re.sub(r':math:`([^`]*)`', lambda found: f'${" ".join(found[1].split())}$', text)
@@ -50,7 +58,7 @@ def of_docstring(text: str) -> str:
 
 
 def _formula(found: re.Match[str]) -> str:
-    formula = textwrap.dedent(found[2]).strip()
+    formula = '\n'.join(line.strip() for line in found[2].strip().splitlines())
     if '&' in formula and r'\begin' not in formula:
         formula = f'\\begin{{aligned}}\n{formula}\n\\end{{aligned}}'
     return textwrap.indent(f'$$\n{formula}\n$$\n\n', found[1])

@@ -61,7 +61,7 @@ def card(row: dict[str, Any], method: type[SharpnessAware]) -> str:
         f'## Known not to work\n\n{"".join(f"- {limit}{chr(10)}" for limit in known_limits)}'
         '- What holds for all methods: [limits](../limits.md).\n',
         f'## API\n\n[{name}](../api/methods.md#composer_sam.methods.{file}.{name}): its signature and source.\n',
-        f'This page is written from `composer_sam/methods/{file}.py` by `python -m composer_sam.methods docs/methods`.\n',
+        f'`python -m composer_sam.methods docs/methods` writes this page from `composer_sam/methods/{file}.py`.\n',
     )
     return '\n'.join(part for part in parts if part)
 

@@ -13,7 +13,7 @@ _REFERENCE = re.compile(r':(?:class|data|func|meth|mod):`(~?)([\w.]+)`')
 
 
 class Docstrings(Extension):
-    """Convert mathematics, code and references, and shorten the docstrings of methods, which have pages of their own."""
+    """Convert mathematics, code and references, and shorten the docstrings of methods, which have their own pages."""
 
     def on_package(self, *, pkg: Module, **_: Any) -> None:
         self._convert(pkg, pkg)
