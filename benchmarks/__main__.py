@@ -4,6 +4,7 @@
     python -m benchmarks --images DIR           # CIFAR-10 from an image folder instead of torchvision's download
     python -m benchmarks --set long             # the slow set: curvature of ResNet-18
     python -m benchmarks --set thrift           # SAM's cheaper settings beside SAM: 90 minutes on two idle cores
+    python -m benchmarks --set lm               # what language models lose after training: an hour on two idle cores
     python -m benchmarks --only memory scaling
 
 Finished cases are stored in benchmarks/.work, so that the same command continues an interrupted run. A case is measured
@@ -24,6 +25,7 @@ SETS = {
     'cpu': ('step_time', 'cheap_steps', 'optimizer_overhead', 'memory', 'scaling', 'quality', 'pareto'),
     'long': ('diagnostics',),
     'thrift': ('thrift', 'thrift_picture'),
+    'lm': ('survival',),
 }
 
 

@@ -27,14 +27,18 @@ __all__ = ['FILES', 'filled', 'main']
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / 'docs'
 FILES = (
+    ROOT / 'README.md',
     DOCS / 'benchmarks.md',
     DOCS / 'choosing.md',
+    DOCS / 'language_models.md',
     DOCS / 'scale.md',
     *(file for file in sorted((DOCS / 'methods').glob('*.md')) if file.name != 'index.md'),
 )
 _MARKED = re.compile(r'(<!-- figures: (\w+)(?: (\w+))? -->\n).*?(<!-- end of figures -->)', re.DOTALL)
 _THROUGH = "Whole steps through Composer's Trainer"
 _CHEAP = 'Whole steps of methods that take less than two passes'
+_FRACTION = 'SAM, ascent_fraction=0.25'
+_EVERY = ('', ', interval 10')
 _MEMORY = 'Memory beyond the base optimizer'
 MODELS = {'resnet18': 'ResNet-18', 'vit': 'ViT', 'mlp': 'MLP'}
 
@@ -49,8 +53,8 @@ class Figures:
         self._tables = json.loads((RESULTS / f'{name}.json').read_text())['tables']
 
     def rows(self, title: str, **wanted: Any) -> list[Row]:
-        """Return the rows whose columns have the wanted values."""
-        table = next((t for t in self._tables if t['title'] == title), None)
+        """Return the rows whose columns have the wanted values, of the table whose title begins so."""
+        table = next((t for t in self._tables if t['title'].startswith(title)), None)
         if table is None:
             raise KeyError(f'the report {self._name} has no table {title!r}')
         rows = [dict(zip(table['columns'], row, strict=True)) for row in table['rows']]
@@ -293,7 +297,58 @@ def _memory_of(name: str) -> Iterator[Sequence[str]]:
     yield what, f'{row["held between steps"]:.1f} / {row["at the peak"]:.1f}', link('memory', '../..')
 
 
+def survival() -> str:
+    """Return the table of docs/language_models.md: what small networks lose, by how they were trained."""
+    figures = Figures('survival')
+    costs = {row['recipe']: row for row in figures.rows('Time of training')}
+    equal = {row['']: row for row in figures.rows('At equal learning')}
+    rows = [
+        (
+            *(row[''], f'{costs[row[""]]["of AdamW's time"]:.2f}x', row['loss']),
+            *(row['lost: 4 bits'], row['lost: 3 bits'], row['lost: noise 0.2']),
+            *(equal[row['']]['lost'], equal[row['']]['first text']),
+        )
+        for row in figures.rows('Loss on the first text')
+    ]
+    headings = ('loss', '4 bits lose', '3 bits lose', 'noise 0.2 loses', 'fine-tuning loses', 'loss after it')
+    return table(('', 'time', *headings), rows)
+
+
+def five() -> str:
+    """Return README's table: what it brings, and what it costs in time and memory."""
+    rows = []
+    for task in ('digits, 40% wrong labels', 'CIFAR-10, 2,000 images, 20% wrong labels'):
+        sam = next(r for r in _tested() if r['task'] == task and r['method'] == 'SAM' and not r['knob'])
+        what = f'accuracy, {task}, equal epochs'
+        rows.append((what, _accuracy(sam), f'SGD {_accuracy(_plain(task))}', link('quality', '.')))
+    steps, cheap = (
+        Figures('step_time'),
+        Figures('cheap_steps').row(_CHEAP, model='resnet18', setting='trainer', variant=_FRACTION),
+    )
+    ours, theirs = (
+        [
+            steps.row(_THROUGH, model='resnet18', setting='trainer', variant=f'{who}{every}')['x base']
+            for every in _EVERY
+        ]
+        for who in ('SAM', "Composer's SAM")
+    )
+    what = 'time of a step, ResNet-18: every step perturbed, every tenth'
+    beside = f"Composer's SAM {theirs[0]:.2f}x, {theirs[1]:.2f}x"
+    rows.append((what, f'{ours[0]:.2f}x, {ours[1]:.2f}x that of SGD', beside, link('step_time', '.')))
+    what = 'the same, perturbed by a quarter of the batch (`ascent_fraction=0.25`)'
+    rows.append((what, f'{cheap["x base"]:.2f}x', '', link('cheap_steps', '.')))
+    held = {
+        who: Figures('memory').row(_MEMORY, model='resnet18', base='SGD', variant=who)
+        for who in ('SAM', "Composer's SAM")
+    }
+    sam, beside = (f'{row["held between steps"]:.1f}, {row["at the peak"]:.1f}' for row in held.values())
+    what = 'memory between steps, and at the peak, in copies of the weights'
+    rows.append((what, sam, f"Composer's SAM {beside}", link('memory', '.')))
+    return table(('what', 'SAM here', 'beside it', 'report'), rows)
+
+
 FIGURES: dict[str, Callable[..., str]] = {
+    'five': five,
     'results': results,
     'accuracies': accuracies,
     'intervals': intervals,
@@ -301,6 +356,7 @@ FIGURES: dict[str, Callable[..., str]] = {
     'thrift': thrift,
     'remedies': remedies,
     'scale': memory_tables,
+    'survival': survival,
     'scale_steps': steps_table,
     'method': method,
 }

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 def stand_ins(block: str) -> dict[str, Any]:
-    """Return a network of images of 8 x 8 pixels, an optimizer, a batch of data and a loss, by their names in examples."""
+    """Return a network of images, an optimizer, a batch of data and a loss, by their names in examples."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
     data = TensorDataset(torch.randn(16, 1, 8, 8), torch.randint(10, (16,)))
