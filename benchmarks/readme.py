@@ -300,16 +300,13 @@ def _memory_of(name: str) -> Iterator[Sequence[str]]:
 def survival() -> str:
     """Return the table of docs/language_models.md: what small networks lose, by how they were trained."""
     figures = Figures('survival')
-    costs = {row['recipe']: row for row in figures.rows('Time of training')}
+    times = {row['recipe']: row["of AdamW's time"] for row in figures.rows('Time of training')}
     equal = {row['']: row for row in figures.rows('At equal learning')}
-    rows = [
-        (
-            *(row[''], f'{costs[row[""]]["of AdamW's time"]:.2f}x', row['loss']),
-            *(row['lost: 4 bits'], row['lost: 3 bits'], row['lost: noise 0.2']),
-            *(equal[row['']]['lost'], equal[row['']]['first text']),
-        )
-        for row in figures.rows('Loss on the first text')
-    ]
+    rows = []
+    for row in figures.rows('Loss on the first text'):
+        name, after = row[''], equal[row['']]
+        damages = (row['lost: 4 bits'], row['lost: 3 bits'], row['lost: noise 0.2'])
+        rows.append((name, f'{times[name]:.2f}x', row['loss'], *damages, after['lost'], after['first text']))
     headings = ('loss', '4 bits lose', '3 bits lose', 'noise 0.2 loses', 'fine-tuning loses', 'loss after it')
     return table(('', 'time', *headings), rows)
 

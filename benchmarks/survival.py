@@ -20,7 +20,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from benchmarks.report import RESULTS, WORK, Report, Table, code
+from benchmarks.report import WORK, Report, Table, code
 from composer_sam.files import write_whole
 from composer_sam.landscapes.pictures import png
 from composer_sam.studies.survival.picture import draw
@@ -28,7 +28,9 @@ from composer_sam.studies.survival.plan import SurvivalOptions, Trials
 from composer_sam.studies.survival.survive import survive
 from composer_sam.studies.survival.tables import Survivor, common_level, lost_at, tables
 
-ADAMW = Path(__file__).resolve().parents[1] / 'yamls' / 'lm' / 'adamw.yaml'
+ROOT = Path(__file__).resolve().parents[1]
+ADAMW = ROOT / 'yamls' / 'lm' / 'adamw.yaml'
+PICTURE = ROOT / 'docs' / 'survival.png'
 SEED, SEARCH_SEED = 17, 16
 RADII = {'sam': [0.01, 0.02, 0.05, 0.1], 'msam': [0.05, 0.3]}
 RATES = [3.0e-4, 1.0e-3, 3.0e-3]
@@ -150,7 +152,7 @@ def main() -> None:
     for title, headings, rows in tables(found):
         report.add(Table(title, headings, [*rows]))
     report.add(costs(found))
-    picture = (Path(options.json) if options.json else RESULTS / 'survival').with_suffix('.png')
+    picture = (Path(options.json) if options.json else PICTURE).with_suffix('.png')
     write_whole(picture, png(draw(found)))
     report.write()
 

@@ -15,6 +15,7 @@ __all__ = ['messages']
 # Warnings that a user of a recipe can do nothing about.
 _KNOWN = (
     r'Using backward\(\) with create_graph=True',  # SGDHess keeps the graph, and frees it at the end of the step
+    r'Cannot split tensor of length',  # the last batch of a test of text is smaller than the others
     # A checkpoint of another command.
     r'(Divergence|History|Preemption|Progress|Report|Curves) is not in the state_dict',
 )
