@@ -94,8 +94,19 @@ def _ids(value: object) -> str | None:
 
 
 def test_every_command_line_is_of_a_kind_that_is_checked() -> None:
-    assert {words[0] for _, words in COMMANDS} <= {'composer-sam', 'composer', 'make', *LOOP}
+    assert {words[0] for _, words in COMMANDS} <= {'composer-sam', 'composer', 'make', 'pip', *LOOP}
     assert len(OURS) > 10 and len(LAUNCHED) > 2 and MADE
+
+
+def test_every_extra_is_there() -> None:
+    extras = re.search(
+        r'^\[project.optional-dependencies\]\n(.*?)^\[', (ROOT / 'pyproject.toml').read_text(), re.M | re.S
+    )
+    assert extras is not None
+    known = set(re.findall(r'^([\w-]+) = ', extras[1], flags=re.MULTILINE))
+    installed = [word for _, words in COMMANDS if words[0] == 'pip' for word in words if 'composer-sam' in word]
+    named = {extra for word in installed for extra in re.findall(r'[\w-]+', word.partition('[')[2])}
+    assert installed and named and named <= known
 
 
 def _parsed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
