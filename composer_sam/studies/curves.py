@@ -86,7 +86,9 @@ def draw(grouped: Mapping[str, Sequence[Curve]], about: str = '') -> Figure:
         figure.legend(handles, labels, loc='outside lower center', ncols=columns, frameon=False)
     seeds = max(map(len, grouped.values()))
     shown = f'mean over {seeds} seeds; band: lowest to highest seed' if seeds > 1 else 'one seed'
-    figure.suptitle(plain('\n'.join(filter(None, [about, shown])), 11), fontsize=11)
+    found = [f'{name} {100 * statistics.fmean(run.accuracy for run in group):.1f} %' for name, group in grouped.items()]
+    finding = f'Test accuracy: {"; ".join(found)}' if at_ends else ''
+    figure.suptitle(plain('\n'.join(filter(None, [finding, about, shown])), 11), fontsize=11)
     return figure
 
 

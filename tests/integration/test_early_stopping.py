@@ -180,6 +180,7 @@ def test_the_table_and_the_picture_of_a_comparison_show_the_chosen_epochs() -> N
     figure = accuracy.get_figure()
     assert figure is not None
     assert [text.get_text() for text in figure.texts] == [
+        'Test accuracy: SGD 70.0 %; early 70.0 %\n'
         'digits, 40 % of the training labels are wrong\nmean over 2 seeds; band: lowest to highest seed'
     ]
     plain = Console(width=200, file=io.StringIO(), record=True)
