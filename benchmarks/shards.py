@@ -23,8 +23,8 @@ from composer_sam.vectors.layout import local
 
 __all__ = ['LIMIT', 'as_predicted', 'measured', 'memory_of']
 
-UNITS, WIDTH = 6, 256
-ROUNDS = 2
+UNITS, WIDTH = 12, 256
+ROUNDS = 3
 LIMIT = 0.5 * WIDTH**2  # bytes: a quarter of a unit in bf16, the smallest buffer that could be forgotten
 
 
