@@ -17,7 +17,8 @@ __all__ = ['Curve', 'draw']
 
 _LEGEND_INCHES = 5
 _NAMES, _LETTERS = 6, 30  # more names, or longer ones, have no place at the ends of curves
-_GAP = 0.06  # between names, in parts of the height
+_NAME_INCHES = 1.5
+_GAP = 0.06  # the height of a line of a name, in parts of the height of the picture
 
 
 class Curve(Protocol):
@@ -109,8 +110,10 @@ def _name_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
     """Write the names of curves beside their ends, the lowest first, so far apart that all can be read."""
     lowest, highest = axes.get_ylim()
     gap = _GAP * (highest - lowest)
-    place = float('-inf')
+    place, above = float('-inf'), 0.0  # the name below, and half of its height
     for x, y, name, color in sorted(ends, key=lambda end: end[1]):
-        place = max(place + gap, y)
+        text = plain(name, _NAME_INCHES)
+        half = gap * (1 + text.count('\n')) / 2
+        place, above = max(place + above + half, y), half
         words: dict[str, Any] = {'textcoords': 'offset points', 'xytext': (6, 0), 'va': 'center', 'fontsize': 9}
-        axes.annotate(plain(name, 3), (x, place), color=color, annotation_clip=False, **words)
+        axes.annotate(text, (x, place), color=color, annotation_clip=False, **words)
