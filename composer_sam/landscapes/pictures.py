@@ -29,6 +29,7 @@ __all__ = [
     'contours',
     'curves',
     'heading',
+    'look',
     'number',
     'plain',
     'png',
@@ -48,6 +49,7 @@ COLORS = [
     '#56B4E9',
 ]  # safe for colour-blind readers
 _LINES = ['-', '--', '-.', ':']
+_MARKERS = 'osD^vP*Xhd'
 _GAP = '#d9d9d9'
 _STEPS = (
     (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8.5),
@@ -222,6 +224,13 @@ def surfaces(landscapes: Sequence[Landscape], title: str = '') -> Figure:
     bar.ax.minorticks_off()
     _entitle(figure, title)
     return figure
+
+
+def look(index: int) -> dict[str, Any]:
+    """Return the colour, marker and line of the curve of that number; after the last colour the lines change."""
+    round_of_colors, place = divmod(index, len(COLORS))
+    line = _LINES[round_of_colors % len(_LINES)]
+    return {'color': COLORS[place], 'marker': _MARKERS[index % len(_MARKERS)], 'linestyle': line}
 
 
 def png(figure: Figure, dpi: int = 150) -> bytes:

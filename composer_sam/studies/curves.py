@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from composer_sam.extras import extra
-from composer_sam.landscapes.pictures import COLORS, plain
+from composer_sam.landscapes.pictures import look, plain
 
 with extra('diagnostics', __name__):
     from matplotlib.axes import Axes
@@ -59,17 +59,15 @@ def draw(grouped: Mapping[str, Sequence[Curve]], about: str = '') -> Figure:
     for index, (name, group) in enumerate(grouped.items()):
         stops = [(run.stop_epoch, 100 * run.accuracy) for run in group if run.stop_epoch is not None]
         label = f'{name}, whole run' if stops else name
-        look: dict[str, Any] = {'color': COLORS[index % len(COLORS)], 'linestyle': '--' if stops else '-'}
-        curves = [run.test for run in group], [run.train for run in group]
-        for axes, runs, key, scale, found in zip(
-            (accuracy, loss), curves, ('accuracy', 'loss'), (100, 1), ends, strict=True
-        ):
-            x, y = _draw_curve(axes, runs, key, scale, look | {'label': plain(label, _LEGEND_INCHES)})
-            value = f' {y:.1f} %' if axes is accuracy else ''
-            found.append((x, y, f'{label}{value}', look['color']))
+        style = look(index) | {'label': plain(label, _LEGEND_INCHES), 'marker': ''}
+        style |= {'linestyle': '--'} if stops else {}
+        x, y = _draw_curve(accuracy, [run.test for run in group], 'accuracy', 100, style)
+        ends[0].append((x, y, f'{label} {y:.1f} %', style['color']))
+        x, y = _draw_curve(loss, [run.train for run in group], 'loss', 1, style)
+        ends[1].append((x, y, label, style['color']))
         if stops:
             label = f'{name}: the epoch chosen on validation images'
-            star: dict[str, Any] = {'color': look['color'], 'mec': 'black', 'ms': 13, 'zorder': 3}
+            star: dict[str, Any] = {'color': style['color'], 'mec': 'black', 'ms': 13, 'zorder': 3}
             accuracy.plot(*zip(*stops, strict=True), '*', label=plain(label, _LEGEND_INCHES), **star)
     accuracy.set(xlabel='epoch', ylabel='test accuracy (%)')
     loss.set(xlabel='epoch', ylabel='training loss')
@@ -94,15 +92,15 @@ def draw(grouped: Mapping[str, Sequence[Curve]], about: str = '') -> Figure:
 
 
 def _draw_curve(
-    axes: Axes, curves: Sequence[Mapping[str, Sequence[float]]], key: str, scale: int, look: dict[str, Any]
+    axes: Axes, curves: Sequence[Mapping[str, Sequence[float]]], key: str, scale: int, style: dict[str, Any]
 ) -> tuple[float, float]:
     """Draw the mean of the curves in the band of all, and return where it ends."""
     columns = list(zip(*(curve[key] for curve in curves), strict=False))
     epochs = curves[0]['epoch'][: len(columns)]
     mean = [scale * statistics.fmean(column) for column in columns]
-    axes.plot(epochs, mean, linewidth=1.8, **look)
+    axes.plot(epochs, mean, linewidth=1.8, **style)
     lowest, highest = ([scale * pick(column) for column in columns] for pick in (min, max))
-    axes.fill_between(epochs, lowest, highest, alpha=0.2, color=look['color'], linewidth=0)
+    axes.fill_between(epochs, lowest, highest, alpha=0.2, color=style['color'], linewidth=0)
     return epochs[-1], mean[-1]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from composer_sam.extras import extra
-from composer_sam.landscapes.pictures import plain
+from composer_sam.landscapes.pictures import look, plain
 from composer_sam.studies.problem import described
 from composer_sam.studies.result import RunResult
 from composer_sam.studies.tables import ACCURACY, Cells, Measure, measures_of, value_text
@@ -54,8 +54,8 @@ def _draw_rows(axes: Axes, cells: Cells, measure: Measure) -> None:
         values = measure.values(cells.at(row, None))
         if values is not None:
             mean, below, above = _bar(values)
-            style: dict[str, Any] = {'label': plain(row, _LEGEND_INCHES), 'color': f'C{index % 10}'}
-            axes.errorbar(mean, index, xerr=[[below], [above]], marker='o', linestyle='', capsize=3, **style)
+            style: dict[str, Any] = look(index) | {'label': plain(row, _LEGEND_INCHES), 'linestyle': ''}
+            axes.errorbar(mean, index, xerr=[[below], [above]], capsize=3, **style)
     axes.set_yticks([])
     axes.invert_yaxis()
     axes.set(title=measure.title)
@@ -68,7 +68,7 @@ def _draw_columns(axes: Axes, cells: Cells, measure: Measure) -> None:
     places = [float(column) for column in columns] if cells.numbers else list(range(len(columns)))
     drawn = []
     for index, row in enumerate(cells.rows):
-        style: dict[str, Any] = {'label': plain(row, _LEGEND_INCHES), 'color': f'C{index % 10}'}
+        style: dict[str, Any] = look(index) | {'label': plain(row, _LEGEND_INCHES)}
         points = []
         for place, column in zip(places, columns, strict=True):
             values = measure.values(cells.at(row, column))
@@ -76,12 +76,14 @@ def _draw_columns(axes: Axes, cells: Cells, measure: Measure) -> None:
                 points.append((place, *_bar(values)))
         alone = measure.values(cells.at(row, None))
         if alone is not None:
-            axes.axhline(statistics.fmean(alone), linestyle='--', linewidth=1.2, **style)
+            axes.axhline(
+                statistics.fmean(alone), linewidth=1.2, **dict[str, Any](style | {'linestyle': '--', 'marker': ''})
+            )
             axes.axhspan(min(alone), max(alone), alpha=0.12, linewidth=0, color=style['color'])
             drawn.append(min(alone))
         if points:
             x, y, below, above = zip(*points, strict=True)
-            axes.errorbar(x, y, [below, above], marker='o', markersize=4, linewidth=1.3, alpha=0.9, capsize=2, **style)
+            axes.errorbar(x, y, [below, above], markersize=4, linewidth=1.3, alpha=0.9, capsize=2, **style)
             drawn += [mean - down for mean, down in zip(y, below, strict=True)]
             drawn += y
     if cells.numbers and places[0] > 0 and places[-1] >= 4 * places[0]:
@@ -119,9 +121,10 @@ def _draw_geometry(axes: Axes, cells: Cells) -> None:
             continue
         columns = list(zip(*(curve['share_larger'] for curve in curves), strict=False))
         epochs = curves[0]['epoch'][: len(columns)]
-        axes.plot(epochs, [100 * statistics.fmean(column) for column in columns], color=f'C{index % 10}', linewidth=1.2)
+        style: dict[str, Any] = look(index) | {'marker': '', 'linewidth': 1.2}
+        axes.plot(epochs, [100 * statistics.fmean(column) for column in columns], **style)
         lowest, highest = ([100 * pick(column) for column in columns] for pick in (min, max))
-        axes.fill_between(epochs, lowest, highest, alpha=0.15, color=f'C{index % 10}', linewidth=0)
+        axes.fill_between(epochs, lowest, highest, alpha=0.15, color=style['color'], linewidth=0)
     where = f'\nat the most accurate {cells.column} of each' if cells.column else ''
     axes.set(xlabel='epoch', title=plain(f"Entries larger than the gradient's (%){where}", 4.6))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

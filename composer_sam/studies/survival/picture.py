@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from composer_sam.extras import extra
-from composer_sam.landscapes.pictures import COLORS, plain
+from composer_sam.landscapes.pictures import look, plain
 from composer_sam.studies.survival.tables import Survivor, mean_of
 
 with extra('diagnostics', __name__):
@@ -16,7 +16,6 @@ with extra('diagnostics', __name__):
 
 __all__ = ['draw']
 
-_MARKERS = 'osD^vP*Xhd'
 _LEGEND_INCHES = 4
 
 
@@ -36,13 +35,7 @@ def draw(found: Sequence[Survivor]) -> Figure:
     panels: Any = figure.subplots(1, max(1, len(wanted)), squeeze=False)[0]
     for panel, drawn in zip(panels, wanted, strict=False):
         for index, (label, group) in enumerate(grouped.items()):
-            look = {
-                'color': COLORS[index % len(COLORS)],
-                'marker': _MARKERS[index % len(_MARKERS)],
-                'linestyle': '-' if index < len(COLORS) else '--',
-                'label': plain(label, _LEGEND_INCHES),
-            }
-            drawn(panel, group, look)
+            drawn(panel, group, look(index) | {'label': plain(label, _LEGEND_INCHES)})
         panel.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside lower center', ncols=min(4, max(1, len(labels))), frameon=False)
@@ -51,7 +44,7 @@ def draw(found: Sequence[Survivor]) -> Figure:
     return figure
 
 
-def _draw_frontier(axes: Axes, group: Sequence[Survivor], look: dict[str, Any]) -> None:
+def _draw_frontier(axes: Axes, group: Sequence[Survivor], style: dict[str, Any]) -> None:
     axes.set(
         title='Lost by fine-tuning (lower left is better)',
         xlabel='loss on the other text',
@@ -60,28 +53,28 @@ def _draw_frontier(axes: Axes, group: Sequence[Survivor], look: dict[str, Any]) 
     points = [one.points for one in group]
     whole = len({len(seed) for seed in points}) == 1  # where a fine-tuning has failed, there are no means
     means = [_mean(column) for column in zip(*points, strict=True)] if whole else []
-    axes.plot([x for x, _ in means], [y for _, y in means], markersize=6, linewidth=1.3, **look)
+    axes.plot([x for x, _ in means], [y for _, y in means], markersize=6, linewidth=1.3, **style)
     if len(group) > 1:
         seeds = [point for seed in points for point in seed]
-        small: dict[str, Any] = {'color': look['color'], 'markersize': 3, 'alpha': 0.5}
-        axes.plot([x for x, _ in seeds], [y for _, y in seeds], look['marker'], **small)
+        small: dict[str, Any] = {'color': style['color'], 'markersize': 3, 'alpha': 0.5}
+        axes.plot([x for x, _ in seeds], [y for _, y in seeds], style['marker'], **small)
 
 
-def _draw_bits(axes: Axes, group: Sequence[Survivor], look: dict[str, Any]) -> None:
+def _draw_bits(axes: Axes, group: Sequence[Survivor], style: dict[str, Any]) -> None:
     axes.set(title='Lost by rounding the weights', xlabel='bits per weight', ylabel='growth of the loss')
     bits = sorted(map(int, group[0].measured.quantized), reverse=True)
     values = [[one.measured.quantized[str(count)] for one in group] for count in bits]
-    _draw_growth(axes, group, list(range(len(bits))), values, look)
+    _draw_growth(axes, group, list(range(len(bits))), values, style)
     axes.set_xticks(range(len(bits)), [str(count) for count in bits])
 
 
-def _draw_noise(axes: Axes, group: Sequence[Survivor], look: dict[str, Any]) -> None:
+def _draw_noise(axes: Axes, group: Sequence[Survivor], style: dict[str, Any]) -> None:
     axes.set(
         title='Lost by noise on the weights', xlabel="noise, in parts of a matrix's rms", ylabel='growth of the loss'
     )
     sizes = sorted(group[0].measured.noisy, key=float)
     values = [[mean_of(one.measured.noisy[size]) for one in group] for size in sizes]
-    _draw_growth(axes, group, [float(size) for size in sizes], values, look)
+    _draw_growth(axes, group, [float(size) for size in sizes], values, style)
 
 
 def _draw_growth(
@@ -89,7 +82,7 @@ def _draw_growth(
     group: Sequence[Survivor],
     places: Sequence[float],
     values: Sequence[Sequence[float | None]],
-    look: dict[str, Any],
+    style: dict[str, Any],
 ) -> None:
     """Draw the means of the growth at every place, with bars from the lowest to the highest seed."""
     drawn = []
@@ -101,7 +94,7 @@ def _draw_growth(
             drawn.append((place, mean, max(0.0, mean - min(grown)), max(0.0, max(grown) - mean)))
     if drawn:
         x, y, below, above = zip(*drawn, strict=True)
-        axes.errorbar(x, y, [below, above], markersize=5, linewidth=1.3, capsize=2, **look)
+        axes.errorbar(x, y, [below, above], markersize=5, linewidth=1.3, capsize=2, **style)
 
 
 def _mean(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
