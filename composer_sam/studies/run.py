@@ -191,7 +191,9 @@ def trained(recipe: Recipe, curves: Curves, callbacks: Sequence[Callback]) -> Tr
         try:
             # The curves are a destination of metrics, and a callback too, as only callbacks are part of checkpoints.
             trainer.logger.destinations = (*trainer.logger.destinations, curves)
-            if not is_finished(trainer.state):  # it is finished where a run was killed while it was measured
+            if is_finished(trainer.state):  # the run was killed while it was measured
+                curves.fit_end(trainer.state, trainer.logger)
+            else:
                 trainer.fit()
             if not curves.test['epoch']:
                 trainer.eval()

@@ -18,6 +18,7 @@ from composer_sam.commands.main import main
 from composer_sam.recipes import RecipeError, load_recipe
 from composer_sam.studies.plan import StudyOptions, parse_grid, plan
 from composer_sam.studies.result import RunResult
+from composer_sam.studies.run import Curves, trained
 from composer_sam.studies.sharpness import Sharpness
 from composer_sam.studies.tables import tables
 
@@ -253,3 +254,14 @@ def test_methods_of_one_pass_are_studied_without_the_gradient_that_they_do_not_t
     study(recipe, 'max_duration=1ep', '--no-sharpness', '--jobs', '1', out=tmp_path)
     (found,) = runs(tmp_path).values()
     assert found['recipe'] == 'MSAM' and found['geometry'] is None
+
+
+def test_a_run_that_was_killed_while_it_was_measured_has_the_curves_of_all_its_steps(tmp_path: Path) -> None:
+    """Its newest checkpoint is of the last step, in the middle of an epoch."""
+    overrides = ['max_duration=30ba', 'save_interval=30ba', 'autoresume=true', f'save_folder={tmp_path}']
+    recipe = load_recipe(SGD, (), overrides)
+    first, again = Curves(), Curves()
+    trained(recipe, first, [])
+    trained(recipe, again, [])
+    assert first.train == again.train
+    assert len(first.train['epoch']) == 2

@@ -194,3 +194,9 @@ def test_without_fine_tuning_networks_are_damaged_only(tmp_path: Path) -> None:
     assert found['finetuned'] == []
     assert found['measured']['quantized'].keys() == {'4'}
     assert 'Fine-tuned' not in (tmp_path / 'tables.md').read_text()
+
+
+def test_the_launcher_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert main(['survive', ADAMW]) == 2
+    assert 'survive starts its own processes; run it without the launcher' in capsys.readouterr().err
