@@ -141,7 +141,7 @@ def _json_lines(section: Text, key: str, path: Path) -> Iterator[Document]:
 
 def _saved_dataset(section: Text, key: str, root: Path) -> Iterator[Document]:
     with extra('lm-data', 'a data set of Hugging Face'):
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     try:
         found: Any = datasets.load_from_disk(str(root))
     except Exception as error:  # pyarrow's errors have no base of their own

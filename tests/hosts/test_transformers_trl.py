@@ -16,11 +16,11 @@ from torch import Tensor, nn
 pytest.importorskip('trl', reason='trl is not installed')
 pytest.importorskip('datasets', reason='datasets is not installed')
 
-from datasets import Dataset
+from datasets import Dataset  # pyright: ignore[reportMissingImports]
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
 
 from composer_sam import SAM
 from composer_sam.methods.base import SharpnessAware
