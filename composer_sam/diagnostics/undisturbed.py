@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from composer_sam.engine.attributes import AttributeControl
 from composer_sam.engine.controls import flattens
-from composer_sam.engine.streams import RandomStreams
+from composer_sam.engine.streams import streams_of
 from composer_sam.engine.wrappers import broadcast_buffers, replicas
 
 __all__ = ['ModelState', 'RandomState', 'exact_kernels']
@@ -28,7 +28,7 @@ class RandomState:
     """The state of the global random streams and of those of the given devices at construction."""
 
     def __init__(self, devices: set[torch.device]):
-        self._streams = RandomStreams(devices)
+        self._streams = streams_of(frozenset(devices))
         self._before = self._streams.read()
 
     def fix(self) -> None:

@@ -11,9 +11,10 @@ is as if the step had never begun.
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +28,14 @@ __all__ = [
     'BufferControl',
     'Control',
     'RandomControl',
+    'Snapshots',
     'end_skipped',
     'flattens',
 ]
 
 log = logging.getLogger(__name__)
+
+Snapshot = TypeVar('Snapshot')
 
 _told: set[str] = set()  # the streams that a warning has named
 
@@ -133,7 +137,44 @@ class _Contents:
     single: list[tuple[_Buffers, str, Tensor]]
 
 
-class BufferControl:
+class Snapshots(ABC, Generic[Snapshot]):
+    """A control that reads the whole of its state, and puts back what it has read.
+
+    Every pass begins with the state that the first one began with; after the step it is that of the pass that counts.
+    ``__init__`` reads the state, so a subclass sets what its ``_read`` needs before it calls it.
+    """
+
+    def __init__(self) -> None:
+        self._before = self._read()
+        self._after: Snapshot | None = None
+
+    def leave_out(self) -> None:
+        """Do nothing: all of the state is put back before every pass."""
+
+    def first_pass_done(self) -> None:
+        self._after = self._read()
+
+    def rewind(self) -> None:
+        self._write(self._before)
+
+    def settle(self) -> None:
+        if self._after is not None:
+            self._write(self._after)
+
+    @abstractmethod
+    def discard(self) -> None: ...
+
+    def rollback(self) -> None:
+        self._write(self._before)
+
+    @abstractmethod
+    def _read(self) -> Snapshot: ...
+
+    @abstractmethod
+    def _write(self, saved: Snapshot) -> None: ...
+
+
+class BufferControl(Snapshots[_Contents]):
     """The control of all buffers of a module: BatchNorm statistics, counters, spectral norms and any other.
 
     It puts back both which tensor is registered and what the tensor contains, because modules change buffers in both
@@ -147,26 +188,16 @@ class BufferControl:
 
     def __init__(self, model: nn.Module, modules: Iterable[nn.Module]):
         self._modules = [module._buffers for module in modules]  # pyright: ignore[reportPrivateUsage]
-        self._found = self._before = self._read()
-        self._after: _Contents | None = None
+        super().__init__()
+        self._found = self._before
         self._ddp = replicas(model)
         self._broadcast = self._ddp is not None and broadcast_buffers(self._ddp)
         if self._ddp is not None and self._broadcast:
             self._ddp.require_forward_param_sync = False
             self._before = self._read()
 
-    def leave_out(self) -> None:
-        """Do nothing: buffers are put back before every pass."""
-
-    def first_pass_done(self) -> None:
-        self._after = self._read()
-
-    def rewind(self) -> None:
-        self._write(self._before)
-
     def settle(self) -> None:
-        if self._after is not None:
-            self._write(self._after)
+        super().settle()
         if self._ddp is not None:
             # A method that averages gradients itself ends without a synchronised backward, so DDP would not broadcast.
             self._ddp.require_forward_param_sync = True
@@ -200,22 +231,22 @@ class BufferControl:
             ]
         return _Contents(registered, flat, single)
 
-    def _write(self, contents: _Contents) -> None:
-        known = {id(buffers) for buffers, _ in contents.registered}
+    def _write(self, saved: _Contents) -> None:
+        known = {id(buffers) for buffers, _ in saved.registered}
         for buffers in self._modules:
             if len(buffers) and id(buffers) not in known:
                 _register(buffers, {})
-        for buffers, tensors in contents.registered:
+        for buffers, tensors in saved.registered:
             _register(buffers, tensors)
-        if not contents.registered:
+        if not saved.registered:
             return
         with torch.no_grad():
-            for members, shapes, together in contents.flat:
+            for members, shapes, together in saved.flat:
                 for member, shape in zip(members, shapes, strict=True):
                     if member.shape != shape:  # observers of quantisation resize their buffers in place
                         member.resize_(shape)
                 multi_tensor.copy_(members, multi_tensor.unflatten(together, members))
-            for buffers, name, copy in contents.single:
+            for buffers, name, copy in saved.single:
                 # A copy of the copy, which the next pass may change in place.
                 buffers[name] = copy.clone()
 

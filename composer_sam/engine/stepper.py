@@ -26,7 +26,6 @@ from composer_sam.engine.rule import PLAIN, Method, Observer, Pass, PlainRule, R
 from composer_sam.engine.scaling import refuse_scaled_losses, unscale
 from composer_sam.engine.stalled import Stalled
 from composer_sam.engine.step import Step
-from composer_sam.engine.streams import computing_on
 from composer_sam.engine.transaction import Transaction
 from composer_sam.engine.wrappers import layout_of, replicas
 from composer_sam.vectors import Layout
@@ -91,7 +90,7 @@ class Stepper:
             closure: evaluates the passes; None if the caller's loop evaluates them.
             layout: the current layout, if it is known.
         """
-        random = RandomControl(computing_on((layout or self._current_ground().layout).devices))
+        random = RandomControl((layout or self._current_ground().layout).devices)
         if self.model is None:
             return (random, *self.host.controls(closure))
         if self._modules is None or self._modules.model is not self.model:

@@ -123,16 +123,20 @@ class RandomStreams:
 
 
 def computing_on(devices: frozenset[torch.device]) -> frozenset[torch.device]:
-    """Return the devices that passes can draw on: those of the parameters, and the GPU where these are offloaded."""
+    """Return the devices that passes can draw on: those of the tensors, and the GPU where these are offloaded."""
     if not torch.cuda.is_initialized():
         return devices
     return devices | {torch.device('cuda', torch.cuda.current_device())}
 
 
-@functools.lru_cache(maxsize=16)
 def streams_of(devices: frozenset[torch.device]) -> RandomStreams:
-    """Return the streams of these devices; making them anew in every step would take time."""
-    return RandomStreams(devices)
+    """Return the streams that passes over tensors on these devices can draw from."""
+    return _streams_of(computing_on(devices))
+
+
+@functools.lru_cache(maxsize=16)
+def _streams_of(devices: frozenset[torch.device]) -> RandomStreams:
+    return RandomStreams(devices)  # making them anew in every step would take time
 
 
 def _cuda(device: torch.device) -> _Stream:

@@ -16,7 +16,7 @@ from composer_sam.engine.controls import Control, end_skipped
 from composer_sam.engine.interrupts import InterruptsHeld
 from composer_sam.engine.rule import PLAIN
 from composer_sam.engine.stepper import Stepper
-from composer_sam.engine.streams import RandomStreams
+from composer_sam.engine.streams import RandomStreams, streams_of
 from composer_sam.engine.wrappers import is_compiled
 
 __all__ = ['TwoCalls']
@@ -95,7 +95,7 @@ class TwoCalls:
             controls = () if self._watch is None else self._watch.take()
             if not controls:
                 controls = optimizer.controls()
-                streams = RandomStreams({parameter.device for parameter, _ in gradients})
+                streams = streams_of(frozenset(parameter.device for parameter, _ in gradients))
                 self._late = streams, streams.read()
                 if self._watch is not None and optimizer.model is not None:
                     self._watch.see_parts(optimizer.model)

@@ -40,7 +40,11 @@ class MicroBatches:
     """
 
     devices: frozenset[torch.device]
-    _seen: list[tuple[Any, list[Any] | None]] = field(default_factory=list)
+    _seen: list[tuple[Any, list[Any] | None]] = field(default_factory=list, init=False)
+    _streams: RandomStreams = field(init=False)  # the same ones when they are read and when they are put back
+
+    def __post_init__(self) -> None:
+        self._streams = streams_of(self.devices)
 
     def __len__(self) -> int:
         return len(self._seen)
@@ -59,7 +63,3 @@ class MicroBatches:
             if places is not None:
                 self._streams.write(places)
             yield copied(batch)
-
-    @property
-    def _streams(self) -> RandomStreams:
-        return streams_of(self.devices)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from composer_sam import SAM, SharpnessAwareOptimizer
-from composer_sam.engine.streams import RandomStreams, computing_on, streams_of
+from composer_sam.engine.streams import RandomStreams, computing_on
 
 
 @pytest.fixture(autouse=True)
@@ -90,8 +90,8 @@ def test_the_stream_of_the_gpu_is_put_back_where_parameters_are_offloaded(monkey
     """A stand-in for a GPU: its stream is a number that every draw moves."""
     place, drawn = [0], []
 
-    def draw(module: torch.nn.Module, inputs: object) -> None:
-        del module, inputs
+    def draw(module: torch.nn.Module, inputs: object, outputs: object) -> None:
+        del module, inputs, outputs
         drawn.append(place[0])
         place[0] += 1
 
@@ -103,11 +103,15 @@ def test_the_stream_of_the_gpu_is_put_back_where_parameters_are_offloaded(monkey
     monkeypatch.setattr(torch.cuda, 'set_rng_state', lambda state, device: place.__setitem__(0, int(state)))
     assert computing_on(cpu) == cpu | {torch.device('cuda', 3)}
     model = torch.nn.Linear(2, 1)
-    model.register_forward_pre_hook(draw)
+    model.register_forward_hook(draw)
     optimizer = SharpnessAwareOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SAM(), model)
     for _ in range(2):
         for _ in optimizer.passes():
             optimizer.zero_grad()
             model(torch.ones(4, 2)).square().mean().backward()
     assert drawn == [0, 0, 1, 1]
-    streams_of.cache_clear()
+    for _ in range(2):
+        for call in (optimizer.first_step, optimizer.second_step):
+            model(torch.ones(4, 2)).square().mean().backward()
+            call(zero_grad=True)
+    assert drawn[4:] == [2, 2, 3, 3]

@@ -9,13 +9,16 @@ from typing import Any, TypeAlias, cast
 
 from torch import Tensor
 
+from composer_sam.engine.controls import Snapshots
+
 __all__ = ['RecordsControl']
 
 _PutBack: TypeAlias = Callable[[], Any]
+_Records: TypeAlias = list[dict[str, _PutBack]]
 _DATASETS = frozenset(('train_dataset', 'eval_dataset'))  # they may be long lists, and are not records
 
 
-class RecordsControl:
+class RecordsControl(Snapshots[_Records]):
     """The control of what objects keep in plain attributes: counters, metrics, and lists of them.
 
     It covers which objects the attributes are, the contents of lists, deques and sets, of dictionaries and of what is
@@ -28,35 +31,18 @@ class RecordsControl:
 
     def __init__(self, *objects: Any):
         self._attributes: list[dict[str, Any]] = [vars(thing) for thing in objects]
-        self._before = self._read()
-        self._after: list[dict[str, _PutBack]] | None = None
-
-    def leave_out(self) -> None:
-        """Do nothing: all records are put back before every pass."""
-
-    def first_pass_done(self) -> None:
-        self._after = self._read()
-
-    def rewind(self) -> None:
-        self._write(self._before)
-
-    def settle(self) -> None:
-        if self._after is not None:
-            self._write(self._after)
+        super().__init__()
 
     def discard(self) -> None:
         self.settle()
 
-    def rollback(self) -> None:
-        self._write(self._before)
-
-    def _read(self) -> list[dict[str, _PutBack]]:
+    def _read(self) -> _Records:
         return [
             {name: _saved(value) for name, value in attributes.items() if name not in _DATASETS}
             for attributes in self._attributes
         ]
 
-    def _write(self, saved: list[dict[str, _PutBack]]) -> None:
+    def _write(self, saved: _Records) -> None:
         for attributes, before in zip(self._attributes, saved, strict=True):
             for name in attributes.keys() - before.keys() - _DATASETS:
                 del attributes[name]
