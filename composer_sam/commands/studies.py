@@ -147,20 +147,9 @@ def _demo(options: argparse.Namespace) -> int:
 def _compared(
     recipes: Sequence[str], overrides: Sequence[str], options: argparse.Namespace, sharpness: bool, landscape: bool
 ) -> int:
-    from composer_sam.recipes import RecipeError
-    from composer_sam.studies.compare import RunError, compare
+    from composer_sam.studies.compare import compare
 
-    try:
-        compare(recipes, overrides, options.seeds, options.out, options.jobs, sharpness, landscape)
-    except RecipeError as error:
-        complain(str(error))
-        return MISTAKE
-    except BrokenPipeError:
-        raise
-    except (RunError, OSError) as error:
-        complain(str(error))
-        return FAILED
-    return OK
+    return _run(lambda: compare(recipes, overrides, options.seeds, options.out, options.jobs, sharpness, landscape))
 
 
 def _study(options: argparse.Namespace) -> int:
@@ -171,32 +160,16 @@ def _study(options: argparse.Namespace) -> int:
     if (code := refuse_launcher('study')) != OK:
         return code
     starting('study')
-    from composer_sam.recipes import RecipeError
     from composer_sam.studies.plan import StudyOptions
     from composer_sam.studies.sharpness import Sharpness
-    from composer_sam.studies.study import RunError, study
+    from composer_sam.studies.study import study
 
     recipes, overrides = files_and_overrides(options.changes)
-    try:
-        wanted = StudyOptions(
-            recipes,
-            overrides,
-            options.grid,
-            options.seeds,
-            options.out,
-            None if options.no_sharpness else Sharpness(options.samples),
-            options.keep_checkpoints,
-        )
-        study(wanted, options.jobs)
-    except RecipeError as error:
-        complain(str(error))
-        return MISTAKE
-    except BrokenPipeError:
-        raise
-    except (RunError, OSError) as error:
-        complain(str(error))
-        return FAILED
-    return OK
+    sharpness = None if options.no_sharpness else Sharpness(options.samples)
+    wanted = StudyOptions(
+        recipes, overrides, options.grid, options.seeds, options.out, sharpness, options.keep_checkpoints
+    )
+    return _run(lambda: study(wanted, options.jobs))
 
 
 def _survive(options: argparse.Namespace) -> int:
@@ -207,21 +180,32 @@ def _survive(options: argparse.Namespace) -> int:
     if (code := refuse_launcher('survive')) != OK:
         return code
     starting('survive')
-    from composer_sam.recipes import RecipeError
     from composer_sam.studies.survival.plan import SurvivalOptions, Trials
-    from composer_sam.studies.survival.survive import RunError, survive
+    from composer_sam.studies.survival.survive import survive
 
     recipes, overrides = files_and_overrides(options.changes)
     try:
         trials = Trials(options.bits, options.group, options.noise, options.draws, options.samples)
-        wanted = SurvivalOptions(recipes, options.finetune, overrides, options.grid, options.seeds, options.out, trials)
-        survive(wanted, options.jobs)
+    except ValueError as error:
+        complain(str(error))
+        return MISTAKE
+    wanted = SurvivalOptions(recipes, options.finetune, overrides, options.grid, options.seeds, options.out, trials)
+    return _run(lambda: survive(wanted, options.jobs))
+
+
+def _run(work: Callable[[], object]) -> int:
+    """Do the work of a command, say what goes wrong, and return its exit code."""
+    from composer_sam.recipes import RecipeError
+    from composer_sam.studies.parallel import RunError
+
+    try:
+        work()
+    except RecipeError as error:
+        complain(str(error))
+        return MISTAKE
     except BrokenPipeError:
         raise
     except (RunError, OSError) as error:
         complain(str(error))
         return FAILED
-    except (RecipeError, ValueError) as error:
-        complain(str(error))
-        return MISTAKE
     return OK

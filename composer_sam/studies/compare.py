@@ -28,6 +28,7 @@ from composer_sam.studies.problem import build_problem, described
 from composer_sam.studies.report import write_pictures
 from composer_sam.studies.run import Curves, StudyRun, config_of, trained
 from composer_sam.studies.sharpness import Sharpness, measure_trained
+from composer_sam.studies.texts import grouped, mean_text
 
 with extra('composer', __name__):
     from rich.table import Table
@@ -209,17 +210,17 @@ def tabulate(runs: Sequence[Run]) -> Table:
     stopped = any(run.stop_epoch is not None for run in runs)
     for heading in ('seeds', *(['epoch'] * stopped), 'test accuracy', 'test loss', 'ms per step', 'cost'):
         table.add_column(heading, justify='right')
-    grouped = _by_recipe(runs)
-    baseline = statistics.fmean(run.seconds_per_step for run in next(iter(grouped.values())))
-    for name, group in grouped.items():
+    by_recipe = grouped(runs, lambda run: run.recipe)
+    baseline = statistics.fmean(run.seconds_per_step for run in next(iter(by_recipe.values())))
+    for name, group in by_recipe.items():
         seconds = [run.seconds_per_step for run in group]
         table.add_row(
             name,
             str(len(group)),
             *([_epochs(group)] * stopped),
-            _spread([100 * run.accuracy for run in group], 1, ' %'),
-            _spread([run.loss for run in group], 3),
-            _spread([1000 * second for second in seconds], 2),
+            mean_text([100 * run.accuracy for run in group], 1, ' %'),
+            mean_text([run.loss for run in group], 3),
+            mean_text([1000 * second for second in seconds], 2),
             f'{statistics.fmean(seconds) / baseline:.2f}x',
         )
     return table
@@ -231,11 +232,11 @@ def tabulate_sharpness(runs: Sequence[Run]) -> Table:
     table.add_column('recipe', overflow='fold')
     for column in _COLUMNS:
         table.add_column(column.heading, justify='right')
-    for name, group in _by_recipe(runs).items():
+    for name, group in grouped(runs, lambda run: run.recipe).items():
         cells = []
         for column in _COLUMNS:
             values = [column.read(run.sharpness) for run in group if run.sharpness is not None]
-            cells.append(_spread([value for value in values if value is not None], column.digits))
+            cells.append(mean_text([value for value in values if value is not None], column.digits))
         table.add_row(name, *cells)
     return table
 
@@ -247,7 +248,7 @@ def draw(runs: Sequence[Run], about: str = '') -> Figure:
         runs: the runs.
         about: what they were trained on, for the title.
     """
-    return draw_curves(_by_recipe(runs), about)
+    return draw_curves(grouped(runs, lambda run: run.recipe), about)
 
 
 def _load(paths: Sequence[str], overrides: Sequence[str], tell: Callable[[str], object]) -> list[Recipe]:
@@ -341,19 +342,7 @@ def _measured(recipe: Recipe, model: nn.Module) -> Measurements:
     return measure_trained(problem.model, problem, _SHARPNESS, _MEASURES)
 
 
-def _by_recipe(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    grouped: dict[str, list[Run]] = {}
-    for run in runs:
-        grouped.setdefault(run.recipe, []).append(run)
-    return grouped
-
-
 def _epochs(runs: Sequence[Run]) -> str:
     """Return the epochs of the results, in the order of the seeds; one if they are all the same."""
     epochs = [run.test['epoch'][-1] if run.stop_epoch is None else run.stop_epoch for run in runs]
     return ', '.join(f'{epoch:g}' for epoch in (epochs if len(set(epochs)) > 1 else epochs[:1]))
-
-
-def _spread(values: Sequence[float], digits: int, unit: str = '') -> str:
-    mean = f'{statistics.fmean(values):.{digits}f}'
-    return f'{mean} ± {statistics.stdev(values):.{digits}f}{unit}' if len(values) > 1 else f'{mean}{unit}'

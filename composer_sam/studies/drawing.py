@@ -10,7 +10,8 @@ from composer_sam.extras import extra
 from composer_sam.landscapes.pictures import look, plain
 from composer_sam.studies.problem import described
 from composer_sam.studies.result import RunResult
-from composer_sam.studies.tables import ACCURACY, Cells, Measure, measures_of, value_text
+from composer_sam.studies.tables import ACCURACY, Cells, Measure, measures_of
+from composer_sam.studies.texts import bar, value_text
 
 with extra('diagnostics', __name__):
     from matplotlib.axes import Axes
@@ -53,7 +54,7 @@ def _draw_rows(axes: Axes, cells: Cells, measure: Measure) -> None:
     for index, row in enumerate(cells.rows):
         values = measure.values(cells.at(row, None))
         if values is not None:
-            mean, below, above = _bar(values)
+            mean, below, above = bar(values)
             style: dict[str, Any] = look(index) | {'label': plain(row, _LEGEND_INCHES), 'linestyle': ''}
             axes.errorbar(mean, index, xerr=[[below], [above]], capsize=3, **style)
     axes.set_yticks([])
@@ -73,7 +74,7 @@ def _draw_columns(axes: Axes, cells: Cells, measure: Measure) -> None:
         for place, column in zip(places, columns, strict=True):
             values = measure.values(cells.at(row, column))
             if values is not None:
-                points.append((place, *_bar(values)))
+                points.append((place, *bar(values)))
         alone = measure.values(cells.at(row, None))
         if alone is not None:
             axes.axhline(
@@ -94,12 +95,6 @@ def _draw_columns(axes: Axes, cells: Cells, measure: Measure) -> None:
         axes.set_yscale('log')
     axes.set(xlabel=plain(cells.column, 4), title=measure.title)
     axes.grid(alpha=0.3)
-
-
-def _bar(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the mean, and how far below and above it the lowest and the highest value are."""
-    mean = statistics.fmean(values)
-    return mean, max(0.0, mean - min(values)), max(0.0, max(values) - mean)
 
 
 def _draw_geometry(axes: Axes, cells: Cells) -> None:

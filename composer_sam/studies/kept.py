@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from composer_sam.files import FolderInUse, holding, make_writable
 from composer_sam.recipes import Recipe, RecipeError
 from composer_sam.studies.console import note
-from composer_sam.studies.parallel import Report, train_all
+from composer_sam.studies.parallel import TRAINING, Report, Stage, train_all
 from composer_sam.studies.run import StudyRun, compared
 
 __all__ = ['finished_runs', 'results_folder', 'train_missing']
@@ -37,7 +37,7 @@ def finished_runs(
     runs: Sequence[StudyRun],
     read: Callable[[dict[str, Any]], Result],
     complete: Callable[[Any], bool] = lambda run: True,
-    what: str = 'trained',
+    stage: Stage = TRAINING,
 ) -> dict[str, Result]:
     """Return the results of the runs that are finished, by name, and say how many these are.
 
@@ -45,7 +45,7 @@ def finished_runs(
         runs: all runs.
         read: returns the result that JSON's own types stand for.
         complete: whether a finished run has left everything that is needed; otherwise it is trained again.
-        what: what is done to a network, for the line.
+        stage: the words for what is done.
 
     Raises:
         RecipeError: a file or a checkpoint is of a run with another configuration.
@@ -59,9 +59,9 @@ def finished_runs(
             _check_checkpoint(run)
     if len(done) == len(runs):
         whole = 'the run is' if len(runs) == 1 else f'all {len(runs)} runs are'
-        note(f'nothing was left to train: {whole} done' if what == 'trained' else f'{whole} {what}')
+        note(f'{stage.nothing_left}{whole} {stage.finished}')
     elif done:
-        note(f'{len(done)} of {len(runs)} runs are {"done" if what == "trained" else what}')
+        note(f'{len(done)} of {len(runs)} runs are {stage.finished}')
     return done
 
 
@@ -71,7 +71,7 @@ def train_missing(
     work: Callable[[Recipe, Report], Result],
     jobs: int,
     threads: int,
-    what: str = 'trained',
+    stage: Stage = TRAINING,
 ) -> tuple[dict[str, Result], list[Exception]]:
     """Train the runs that are not done, side by side; return the results of all by name, and the errors of the others.
 
@@ -81,7 +81,7 @@ def train_missing(
         work: trains a run, writes its file and returns its result.
         jobs: how many runs are trained at a time.
         threads: the number of threads of each.
-        what: what is done to a network, for the progress bar.
+        stage: the words for what is done.
 
     Raises:
         RecipeError: a recipe is not valid, as was found when its data were read.
@@ -99,7 +99,7 @@ def train_missing(
             found[names[str(recipe.run_name)]] = result
 
     if names:
-        train_all([run.recipe for run in runs if run.name not in done], work, receive, jobs, threads, what)
+        train_all([run.recipe for run in runs if run.name not in done], work, receive, jobs, threads, stage)
     return found, failures
 
 

@@ -7,6 +7,7 @@ import os
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,7 +24,7 @@ from composer_sam.studies.console import messages_console
 with extra('composer', __name__):
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ['Report', 'RunError', 'share_cores', 'train_all', 'with_seed']
+__all__ = ['TRAINING', 'Report', 'RunError', 'Stage', 'share_cores', 'train_all', 'with_seed']
 
 _REPORTS_PER_RUN = 200
 
@@ -32,6 +33,26 @@ Result = TypeVar('Result')
 
 class RunError(RuntimeError):
     """A run failed."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The words for what is done to the runs side by side.
+
+    Attributes:
+        bar: the text of the progress bar, with a place for the number of runs.
+        ended: what a run is that has ended now.
+        finished: what a run is that was finished before.
+        nothing_left: what is said first where all are.
+    """
+
+    bar: str
+    ended: str
+    finished: str
+    nothing_left: str = ''
+
+
+TRAINING = Stage('training {} runs', 'trained', 'done', 'nothing was left to train: ')
 
 
 class Report(Callback):
@@ -91,7 +112,7 @@ def train_all(
     receive: Callable[[Recipe, Result | Exception], None],
     jobs: int,
     threads: int,
-    what: str = 'trained',
+    stage: Stage = TRAINING,
 ) -> None:
     """Call ``work`` on every recipe in a process of its own, and show a progress bar.
 
@@ -102,13 +123,13 @@ def train_all(
             a :class:`~composer_sam.recipes.RecipeError`. An exception that it raises ends all runs.
         jobs: how many processes run at a time.
         threads: the number of threads of each process.
-        what: what is done to a network, for the progress bar.
+        stage: the words for what is done.
     """
     console = messages_console()
     for name in dict.fromkeys(recipe.name for recipe in recipes if recipe.grid):
         console.print(f'{name} is trained once, without its grid; composer-sam study trains the grid', soft_wrap=True)
     bar = Progress(
-        TextColumn(f'training {len(recipes)} runs' if what == 'trained' else f'{len(recipes)} runs {what}'),
+        TextColumn(stage.bar.format(len(recipes))),
         BarColumn(None),
         TextColumn('{task.percentage:3.0f} %'),
         TimeRemainingColumn(),
@@ -131,7 +152,9 @@ def train_all(
                 receive(recipe, event.result)
                 ended += 1
                 if not console.is_terminal:
-                    console.print(f'{ended} of {len(recipes)} runs are {what}: {recipe.run_name}', soft_wrap=True)
+                    console.print(
+                        f'{ended} of {len(recipes)} runs are {stage.ended}: {recipe.run_name}', soft_wrap=True
+                    )
             elif isinstance(event.error, ProcessDied):
                 died = f'{recipe.run_name} ended without a result; its process was killed or crashed'
                 receive(recipe, RunError(died))

@@ -18,7 +18,7 @@ from composer_sam.recipes import Recipe, RecipeError, load_recipe
 from composer_sam.studies.parallel import with_seed
 from composer_sam.studies.run import StudyRun, config_of
 from composer_sam.studies.sharpness import Sharpness
-from composer_sam.studies.tables import last_part, value_text
+from composer_sam.studies.texts import last_part, value_text
 
 __all__ = ['StudyOptions', 'parse_grid', 'plan']
 

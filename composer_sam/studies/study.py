@@ -15,7 +15,8 @@ from composer_sam.studies.parallel import RunError, share_cores
 from composer_sam.studies.plan import StudyOptions, plan
 from composer_sam.studies.result import RunResult
 from composer_sam.studies.run import train_and_measure
-from composer_sam.studies.tables import about, as_markdown, print_tables
+from composer_sam.studies.tables import about, tables
+from composer_sam.studies.texts import as_markdown, print_table
 
 __all__ = ['RunError', 'study']
 
@@ -50,18 +51,20 @@ def study(options: StudyOptions, jobs: int | None = None) -> list[RunResult]:
         done, failures = train_missing(runs, finished, work, jobs, threads)
         results = [done[run.name] for run in runs if run.name in done]
         if results:
-            print_tables(results)
-            files = _write_report(results, options.out)
+            files = _report(results, options.out)
             console().print(f'{len(results)} runs; {", ".join(map(str, files))}', soft_wrap=True)
     if failures:
         raise RunError(f'{len(failures)} of {len(runs)} runs failed: {"; ".join(map(str, failures))}')
     return results
 
 
-def _write_report(runs: list[RunResult], out: Path) -> list[Path]:
-    """Write ``tables.md``, ``results.json`` and ``study.png``, and return the files."""
+def _report(runs: list[RunResult], out: Path) -> list[Path]:
+    """Print the tables, write ``tables.md``, ``results.json`` and ``study.png``, and return the files."""
+    tabulated = tables(runs)
+    for table in tabulated:
+        print_table(table)
     results = {'about': about(runs), 'runs': [run.to_json() for run in runs]}
-    write_whole(out / 'tables.md', as_markdown(runs))
+    write_whole(out / 'tables.md', as_markdown(about(runs), tabulated))
     write_whole(out / 'results.json', json.dumps(results, indent=1))
     write_whole(out / 'study.png', png(draw(runs)))
     return [out / name for name in ('tables.md', 'results.json', 'study.png')]

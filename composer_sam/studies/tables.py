@@ -1,48 +1,26 @@
-"""The tables of a study, one per measure, on the terminal and in files."""
+"""The tables of a study, one per measure."""
 
 from __future__ import annotations
 
 import json
-import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from composer_sam import markdown
-from composer_sam.extras import extra
-from composer_sam.studies.console import console
 from composer_sam.studies.result import RunResult, TrainedSharpness
-
-with extra('composer', __name__):
-    from rich.table import Table
+from composer_sam.studies.texts import Tabulated, labelled, last_part, mean_text, seeds_text, value_text
 
 __all__ = [
     'ACCURACY',
     'Cells',
     'Measure',
     'about',
-    'as_markdown',
-    'last_part',
-    'literal',
     'measures_of',
-    'print_table',
-    'print_tables',
     'tables',
-    'value_text',
 ]
 
 _NONE = '-'  # the heading of the column of runs without a value
-
-
-def last_part(key: str) -> str:
-    """Return the name of a key in headings and names."""
-    return key.rsplit('.', 1)[-1]
-
-
-def value_text(value: Any) -> str:
-    """Return a value as text for headings and names: 1, 0.05, 1e-05."""
-    return f'{value:g}' if isinstance(value, float) and float(f'{value:g}') == value else str(value)
 
 
 class Cells:
@@ -87,8 +65,8 @@ class Cells:
         """Return the row and the column of a run."""
         ours = [key for key in run.values if last_part(key) == self.column]
         value = run.values[ours[0]] if len(ours) == 1 else None
-        others = [key for key in run.values if len(ours) != 1 or key != ours[0]]
-        label = ', '.join([run.recipe, *(f'{last_part(key)} {value_text(run.values[key])}' for key in others)])
+        others = {key: value for key, value in run.values.items() if len(ours) != 1 or key != ours[0]}
+        label = labelled(run.recipe, others)
         return label, value if isinstance(value, (str, int, float, bool, type(None))) else json.dumps(value)
 
 
@@ -125,9 +103,7 @@ class Measure:
         if values is None:
             return 'failed'
         mean = statistics.fmean(values)
-        digits = 2 if abs(mean) >= 10 or self.percent else 3 if abs(mean) >= 0.1 else 5
-        spread = f' ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''
-        return f'{mean:.{digits}f}{spread}'
+        return mean_text(values, 2 if abs(mean) >= 10 or self.percent else 3 if abs(mean) >= 0.1 else 5)
 
 
 ACCURACY = Measure('Test accuracy (%)', lambda run: run.accuracy, percent=True, drawn=True)
@@ -161,7 +137,7 @@ def _share_larger(run: RunResult) -> float | None:
     return statistics.fmean(run.geometry['share_larger']) if run.geometry else None
 
 
-def tables(runs: Sequence[RunResult]) -> list[tuple[str, list[str], list[list[str]]]]:
+def tables(runs: Sequence[RunResult]) -> list[Tabulated]:
     """Return the title, headings and rows of every measure; cells are mean and standard deviation over the seeds."""
     cells = Cells(runs)
     found = []
@@ -176,43 +152,8 @@ def tables(runs: Sequence[RunResult]) -> list[tuple[str, list[str], list[list[st
     return found
 
 
-def print_tables(runs: Sequence[RunResult]) -> None:
-    """Print the tables."""
-    for title, headings, rows in tables(runs):
-        print_table(title, headings, rows)
-
-
-def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table below its title."""
-    stdout = console()
-    stdout.print(title)
-    table = Table(box=None, pad_edge=False)
-    for heading in headings:
-        table.add_column(heading, justify='right' if heading else 'left', no_wrap=bool(heading), overflow='fold')
-    for row in rows:
-        table.add_row(*row)
-    stdout.print(table)
-    stdout.print()
-
-
-def as_markdown(runs: Sequence[RunResult]) -> str:
-    """Return the tables in Markdown, below a sentence about the runs."""
-    parts = []
-    for title, headings, rows in tables(runs):
-        named = [[literal(row), *cells] for row, *cells in rows]
-        parts.append(f'## {title}\n\n{markdown.table([literal(heading) for heading in headings], named)}')
-    return '\n'.join([f'{about(runs)}\n', *parts])
-
-
-def literal(name: str) -> str:
-    """Return a name that Markdown shows as it is: without HTML, emphasis, links and mathematics."""
-    return re.sub(r'[\\`*<>&~$\[\]]|(?<!\w)_|_(?!\w)', r'\\\g<0>', name)
-
-
 def about(runs: Sequence[RunResult]) -> str:
     """Return a sentence about the runs, their seeds and the samples their sharpness is measured on."""
-    seeds = sorted({run.seed for run in runs})
     measured = {run.sharpness.samples for run in runs if run.sharpness and run.sharpness.samples is not None}
     how = f'; sharpness on {max(measured)} training samples without augmentation' if measured else ''
-    spread = 'mean ± standard deviation over' if len(seeds) > 1 else 'of'
-    return f'{len(runs)} runs, {spread} seed{"s" * (len(seeds) > 1)} {", ".join(map(str, seeds))}{how}.'
+    return f'{len(runs)} runs, {seeds_text(run.seed for run in runs)}{how}.'

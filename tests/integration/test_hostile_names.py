@@ -27,7 +27,7 @@ from composer_sam.landscapes.pictures import contours, curves, png, surfaces
 from composer_sam.landscapes.storage import Landscape
 from composer_sam.landscapes.subspaces import Mark
 from composer_sam.recipes import RecipeError, as_yaml, load_recipe
-from composer_sam.studies import compare, console, drawing, tables
+from composer_sam.studies import compare, console, drawing, tables, texts
 from composer_sam.studies.checkpoints import CheckpointError, check_labels
 from composer_sam.studies.landscape import Request
 from composer_sam.studies.parallel import with_seed
@@ -119,7 +119,8 @@ def test_pictures(name: str) -> None:
 def test_tables_on_the_terminal(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     console.console().print(compare.tabulate([run(name), run('other')]))
     console.console().print(tabulate_landscapes([landscape(name, 2)]))
-    tables.print_tables(results(name))
+    for table in tables.tables(results(name)):
+        texts.print_table(table)
     console.note(name)
     with console.progress_bar('rows') as progress:
         progress(name, 1, 2)
@@ -139,7 +140,8 @@ def test_a_narrow_terminal_breaks_names_and_cuts_none() -> None:
 @pytest.mark.parametrize('name', SHOWN)
 def test_tables_in_markdown(name: str) -> None:
     """A backslash before a punctuation mark stands for the mark in Markdown, within the cells of a table too."""
-    written = tables.as_markdown(results(name))
+    found = results(name)
+    written = texts.as_markdown(tables.about(found), tables.tables(found))
     rows = [line for line in written.splitlines() if line.startswith('| ')]
     assert len({line.replace(r'\|', '').count('|') for line in rows}) == 1
     unescaped = written

@@ -385,38 +385,3 @@ def test_sharpness_is_measured_in_training_and_of_a_checkpoint(
     assert logged.values['sharpness/sam_sharpness'][0] > 0
     assert main(['sharpness', str(tmp_path / 'latest-rank0.pt'), '--samples', '8']) == 0
     assert 'sharpness' in capsys.readouterr().out
-
-
-NEOX = 'model: {config: {architecture: gpt_neox, hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2}}'
-
-
-@pytest.mark.parametrize(
-    ('other', 'changes', 'message'),
-    [
-        ('', ['model.config.n_embd=32'], 'model.transformer.wte.weight is [257, 16] there, and [257, 32] in the'),
-        ('', ['model.config.n_layer=3'], 'it does not have model.transformer.h.2.'),
-        (NEOX, [], 'it does not have model.gpt_neox.'),
-        (NEOX, ['trainer.load_weights_only=true'], 'it does not have model.gpt_neox.'),
-    ],
-)
-@pytest.mark.parametrize('way', ['load_path', 'autoresume'])
-def test_a_checkpoint_of_another_network_is_one_line(
-    way: str, other: str, changes: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = ['max_duration=2ba', f'save_folder={tmp_path / "run"}', *TINY]
-    assert main(['train', str(LM / 'adamw.yaml'), *run]) == 0
-    recipe = tmp_path / 'other.yaml'
-    (tmp_path / 'none.yaml').write_text(f'base: {LM / "adamw.yaml"}\nmodel: {{config: null}}')
-    recipe.write_text(f'base: {tmp_path / "none.yaml" if other else LM / "adamw.yaml"}\n{other}')
-    loads = (
-        [f'load_path={tmp_path / "run" / "latest-rank0.pt"}'] if way == 'load_path' else [*run[1:2], 'autoresume=true']
-    )
-    if way == 'autoresume' and 'trainer.load_weights_only=true' in changes:
-        pytest.skip('a run goes on with all of its checkpoint')
-    own = [one for one in TINY if not (other and 'model.config' in one)]
-    capsys.readouterr()
-    assert main(['train', str(recipe), *own, 'max_duration=4ba', *loads, *changes]) == 2
-    *_, last = capsys.readouterr().err.splitlines()
-    place = 'load_path' if way == 'load_path' else 'save_folder'
-    assert last.startswith(f'composer-sam: {place}: ')
-    assert message in last

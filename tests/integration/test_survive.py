@@ -162,6 +162,11 @@ def test_other_trials_are_not_mixed_with_these(finished: Path, capsys: pytest.Ca
         (['parallelism.fsdp2={}'], TUNING, 'divides the network among processes'),
         ([], f'{TUNING}\nparallelism: {{fsdp2: {{}}}}', 'parallelism: --finetune divides'),
         ([], TUNING.replace('sequence_length: 32', 'sequence_length: 64'), 'data.sequence_length 64 is more than the'),
+        (
+            [],
+            TUNING.replace('optimizer.lr: [1.0e-3, 1.0e-2]', 'data.sequence_length: [32, 64]'),
+            'data.sequence_length 64 is more than the',
+        ),
         ([], TUNING.replace('data: {', 'data: {tokenizer: words, '), 'data.tokenizer'),
         ([], f'base: {LM.parent / "digits" / "sgd.yaml"}', "--finetune trains 'mlp'; survive takes language models"),
         (['--finetune', 'no.yaml'], TUNING, "recipe 'no.yaml' does not exist"),

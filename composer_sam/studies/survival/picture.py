@@ -9,6 +9,7 @@ from typing import Any
 from composer_sam.extras import extra
 from composer_sam.landscapes.pictures import look, plain
 from composer_sam.studies.survival.tables import Survivor, mean_of
+from composer_sam.studies.texts import bar, grouped
 
 with extra('diagnostics', __name__):
     from matplotlib.axes import Axes
@@ -24,9 +25,7 @@ def draw(found: Sequence[Survivor]) -> Figure:
 
     Lines join means over the seeds; small points, and bars from the lowest to the highest, are the seeds.
     """
-    grouped: dict[str, list[Survivor]] = {}
-    for one in found:
-        grouped.setdefault(one.label, []).append(one)
+    by_label = grouped(found, lambda one: one.label)
     trials = found[0].measured
     wanted: list[Any] = [_draw_frontier] if any(one.points for one in found) else []
     wanted += [_draw_bits] if trials.quantized else []
@@ -34,12 +33,12 @@ def draw(found: Sequence[Survivor]) -> Figure:
     figure = Figure(figsize=(4.8 * max(1, len(wanted)), 5), layout='constrained')
     panels: Any = figure.subplots(1, max(1, len(wanted)), squeeze=False)[0]
     for panel, drawn in zip(panels, wanted, strict=False):
-        for index, (label, group) in enumerate(grouped.items()):
+        for index, (label, group) in enumerate(by_label.items()):
             drawn(panel, group, look(index) | {'label': plain(label, _LEGEND_INCHES)})
         panel.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside lower center', ncols=min(4, max(1, len(labels))), frameon=False)
-    seeds = max(map(len, grouped.values()))
+    seeds = max(map(len, by_label.values()))
     figure.suptitle(f'mean over {seeds} seeds; small points and bars: the seeds' if seeds > 1 else 'one seed')
     return figure
 
@@ -90,8 +89,7 @@ def _draw_growth(
         pairs = zip(column, group, strict=True)
         grown = [v - one.measured.loss for v, one in pairs if v is not None and one.measured.loss is not None]
         if len(grown) == len(group):
-            mean = statistics.fmean(grown)
-            drawn.append((place, mean, max(0.0, mean - min(grown)), max(0.0, max(grown) - mean)))
+            drawn.append((place, *bar(grown)))
     if drawn:
         x, y, below, above = zip(*drawn, strict=True)
         axes.errorbar(x, y, [below, above], markersize=5, linewidth=1.3, capsize=2, **style)

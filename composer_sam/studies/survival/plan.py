@@ -14,7 +14,7 @@ from composer_sam.recipes import Recipe, RecipeError
 from composer_sam.recipes.schema import CausalLM, Text
 from composer_sam.studies.plan import StudyOptions, plan
 from composer_sam.studies.run import StudyRun
-from composer_sam.studies.tables import last_part, value_text
+from composer_sam.studies.texts import last_part, value_text
 
 __all__ = ['OfNetwork', 'SurvivalOptions', 'SurvivalPlan', 'Trials', 'network_of', 'plan_survival']
 
@@ -122,7 +122,8 @@ def plan_survival(options: SurvivalOptions, tell: Callable[[str], object]) -> Su
         return SurvivalPlan(trained, measured, [])
     points = plan(StudyOptions([options.finetune], out=options.out, sharpness=None), tell)
     for run in trained:
-        _check_fits(points[0].recipe, run.recipe)
+        for point in points:
+            _check_fits(point.recipe, run.recipe)
     finetuned = [_finetuned(run, point, options.trials) for run in trained for point in points]
     return SurvivalPlan(trained, measured, finetuned)
 

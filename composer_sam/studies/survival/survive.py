@@ -8,12 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from composer_sam import markdown
 from composer_sam.files import write_whole
 from composer_sam.landscapes.pictures import png
 from composer_sam.studies.console import console, note
 from composer_sam.studies.kept import finished_runs, results_folder, train_missing
-from composer_sam.studies.parallel import RunError, share_cores
+from composer_sam.studies.parallel import TRAINING, RunError, Stage, share_cores
 from composer_sam.studies.result import RunResult
 from composer_sam.studies.run import StudyRun
 from composer_sam.studies.survival.picture import draw
@@ -21,9 +20,12 @@ from composer_sam.studies.survival.plan import OfNetwork, SurvivalOptions, netwo
 from composer_sam.studies.survival.results import Finetuned, Measured
 from composer_sam.studies.survival.tables import Survivor, survivors, tables
 from composer_sam.studies.survival.work import finetune, measure, train
-from composer_sam.studies.tables import literal, print_table
+from composer_sam.studies.texts import as_markdown, print_table, seeds_text
 
 __all__ = ['RunError', 'survive']
+
+_MEASURING = Stage('{} runs measured', 'measured', 'measured')
+_FINE_TUNING = Stage('{} runs fine-tuned', 'fine-tuned', 'fine-tuned')
 
 
 def survive(options: SurvivalOptions, jobs: int | None = None) -> list[Survivor]:
@@ -51,11 +53,11 @@ def survive(options: SurvivalOptions, jobs: int | None = None) -> list[Survivor]
         jobs, threads = share_cores([run.recipe for run in planned.trained], jobs)
 
         def done(
-            runs: Sequence[Any], kind: Any, work: Callable[..., Any], what: str, complete: Any = lambda run: True
+            runs: Sequence[Any], kind: Any, work: Callable[..., Any], stage: Stage, complete: Any = lambda run: True
         ) -> dict[str, Any]:
-            finished = finished_runs(runs, kind, complete, what)
+            finished = finished_runs(runs, kind, complete, stage)
             by_name = {str(run.recipe.run_name): run for run in runs}
-            results, failed = train_missing(runs, finished, partial(work, runs=by_name), jobs, threads, what)
+            results, failed = train_missing(runs, finished, partial(work, runs=by_name), jobs, threads, stage)
             failures.extend(failed)
             return results
 
@@ -64,11 +66,11 @@ def survive(options: SurvivalOptions, jobs: int | None = None) -> list[Survivor]
 
         for line in dict.fromkeys(lines):
             note(line)
-        trained = done(planned.trained, RunResult.from_json, train, 'trained', _has_network)
+        trained = done(planned.trained, RunResult.from_json, train, TRAINING, _has_network)
         trials = options.trials
-        measured = done(of_networks(planned.measured), _read(Measured), partial(measure, trials=trials), 'measured')
+        measured = done(of_networks(planned.measured), _read(Measured), partial(measure, trials=trials), _MEASURING)
         finetuned = done(
-            of_networks(planned.finetuned), _read(Finetuned), partial(finetune, trials=trials), 'fine-tuned'
+            of_networks(planned.finetuned), _read(Finetuned), partial(finetune, trials=trials), _FINE_TUNING
         )
         found = survivors(
             [trained[run.name] for run in planned.trained if run.name in trained],
@@ -92,13 +94,9 @@ def _read(kind: Any) -> Callable[[dict[str, Any]], Any]:
 
 def _report(found: Sequence[Survivor], out: Path) -> None:
     """Print and write the tables, the results and the picture."""
-    made = tables(found)
-    for title, headings, rows in made:
-        print_table(title, headings, rows)
-    parts = []
-    for title, headings, rows in made:
-        named = [[literal(label), *cells] for label, *cells in rows]
-        parts.append(f'## {title}\n\n{markdown.table(headings, named)}')
+    tabulated = tables(found)
+    for table in tabulated:
+        print_table(table)
     results = [
         {
             'label': one.label,
@@ -108,7 +106,7 @@ def _report(found: Sequence[Survivor], out: Path) -> None:
         }
         for one in found
     ]
-    write_whole(out / 'tables.md', '\n'.join([f'{_about(found)}\n', *parts]))
+    write_whole(out / 'tables.md', as_markdown(_about(found), tabulated))
     write_whole(out / 'results.json', json.dumps(results, indent=1))
     write_whole(out / 'survival.png', png(draw(found)))
     console().print(f'tables.md, results.json and survival.png in {out}', soft_wrap=True)
@@ -116,10 +114,8 @@ def _report(found: Sequence[Survivor], out: Path) -> None:
 
 def _about(found: Sequence[Survivor]) -> str:
     """Return a sentence about the networks."""
-    seeds = sorted({one.run.seed for one in found})
-    spread = 'mean ± standard deviation over' if len(seeds) > 1 else 'of'
     sequences = max(one.measured.sequences for one in found)
     return (
-        f'{len(found)} networks, {spread} seed{"s" * (len(seeds) > 1)} {", ".join(map(str, seeds))}; losses in nats '
-        f'per token on {sequences} test sequences; lost: the growth of the loss on the first text.'
+        f'{len(found)} networks, {seeds_text(one.run.seed for one in found)}; losses in nats per token on {sequences} '
+        'test sequences; lost: the growth of the loss on the first text.'
     )

@@ -10,11 +10,10 @@ from typing import Any
 
 from composer_sam.studies.result import RunResult
 from composer_sam.studies.survival.results import Finetuned, Measured
-from composer_sam.studies.tables import last_part, value_text
+from composer_sam.studies.texts import Tabulated, grouped, labelled, mean_text, values_text
 
-__all__ = ['Survivor', 'Table', 'common_level', 'lost_at', 'survivors', 'tables']
+__all__ = ['Survivor', 'common_level', 'lost_at', 'survivors', 'tables']
 
-Table = tuple[str, list[str], list[list[str]]]  # title, headings, rows
 Point = tuple[float, float]  # the loss on the other text, and the growth of the loss on the first
 
 
@@ -58,15 +57,12 @@ def survivors(
 ) -> list[Survivor]:
     """Return the networks that were trained and measured, with what became of them."""
     by_name = {one.name: one for one in measured}
-    tunings: dict[str, list[Finetuned]] = {}
-    for one in finetuned:
-        tunings.setdefault(one.network, []).append(one)
-    found = []
-    for run in runs:
-        if run.name in by_name:
-            label = ', '.join([run.recipe, *(f'{last_part(key)} {value_text(v)}' for key, v in run.values.items())])
-            found.append(Survivor(label, run, by_name[run.name], tunings.get(run.name, [])))
-    return found
+    tunings = grouped(finetuned, lambda one: one.network)
+    return [
+        Survivor(labelled(run.recipe, run.values), run, by_name[run.name], tunings.get(run.name, []))
+        for run in runs
+        if run.name in by_name
+    ]
 
 
 def common_level(found: Sequence[Survivor]) -> float | None:
@@ -93,16 +89,14 @@ def lost_at(frontier: Sequence[Point], level: float) -> float | None:
     return frontier[0][1] if frontier and frontier[0][0] <= level else None
 
 
-def tables(found: Sequence[Survivor]) -> list[Table]:
+def tables(found: Sequence[Survivor]) -> list[Tabulated]:
     """Return the tables; cells are means and standard deviations over the seeds."""
-    grouped: dict[str, list[Survivor]] = {}
-    for one in found:
-        grouped.setdefault(one.label, []).append(one)
+    by_label = grouped(found, lambda one: one.label)
 
     def rows(*cells: Callable[[Survivor], float | None]) -> list[list[str]]:
         return [
-            [label, str(len(group)), *(spread([cell(one) for one in group]) for cell in cells)]
-            for label, group in grouped.items()
+            [label, str(len(group)), *(_cell([cell(one) for one in group]) for cell in cells)]
+            for label, group in by_label.items()
         ]
 
     trials = found[0].measured
@@ -110,14 +104,13 @@ def tables(found: Sequence[Survivor]) -> list[Table]:
         *((f'{bits} bits', _quantized(bits)) for bits in trials.quantized),
         *((f'noise {size}', _noisy(size)) for size in trials.noisy),
     ]
-    made: list[Table] = []
-    made.append(
+    made: list[Tabulated] = [
         (
             'Loss on the first text, and how much quantised and noisy weights lose',
             ['', 'seeds', 'loss', *(f'lost: {name}' for name, _ in damages)],
             rows(lambda one: one.measured.loss, *(_growth(read) for _, read in damages)),
         )
-    )
+    ]
     level = common_level(found)
     if level is None:
         return made
@@ -125,7 +118,7 @@ def tables(found: Sequence[Survivor]) -> list[Table]:
     for tuned in (tuned for one in found for tuned in one.finetuned):
         points += [tuned.values] if tuned.values not in points else []
     for values in points:
-        where = ', '.join(f'{last_part(key)} {value_text(value)}' for key, value in values.items())
+        where = values_text(values)
         made.append(
             (
                 f'Fine-tuned on the other text{f", {where}" if where else ""}',
@@ -146,22 +139,18 @@ def tables(found: Sequence[Survivor]) -> list[Table]:
         (
             f'At equal learning: where the loss on the other text has come down to {level:.3f}',
             ['', 'seeds', 'first text', 'lost'],
-            rows(
-                lambda one: _plus(one.measured.loss, lost_at(one.frontier, level)),
-                lambda one: lost_at(one.frontier, level),
-            ),
+            rows(lambda one: _plus(one.measured.loss, lost(one)), lost),
         )
     )
     return made
 
 
-def spread(values: Sequence[float | None]) -> str:
+def _cell(values: Sequence[float | None]) -> str:
     """Return the mean and the standard deviation over the seeds; a network without a number makes them unknown."""
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return f'none for {len(values) - len(known)} of {len(values)}'
-    text = f'{statistics.fmean(known):.4f}'
-    return f'{text} ± {statistics.stdev(known):.4f}' if len(known) > 1 else text
+    return mean_text(known, 4)
 
 
 def mean_of(values: Sequence[float | None]) -> float | None:
