@@ -13,14 +13,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.picture import write_picture
+from composer_sam.landscapes.pictures import COLORS
 
-__all__ = ['PICTURE', 'draw', 'front']
+__all__ = ['PICTURE', 'draw', 'front', 'title']
 
 PICTURE = Path(__file__).resolve().parents[1] / 'docs' / 'pareto.png'
-_COLOURS = {
-    'SGD': 'black', 'SAM': 'C0', 'ASAM': 'C1', 'WSAM': 'C2', 'GAM': 'C3',
-    'SAMDirection': 'C4', 'SAMMagnitude': 'C5', 'SGDHess': 'C7',
-}  # fmt: skip
+_METHODS = ('SAM', 'ASAM', 'WSAM', 'GAM', 'SAMDirection', 'SAMMagnitude')
+_COLOURS = {'SGD': 'black', **dict(zip(_METHODS, COLORS, strict=True)), 'SGDHess': '0.5'}
 # Open markers of different shapes, and SAM's small and filled on top: where several methods are equal, all are seen.
 _MARKERS = {'SAM': 'o', 'ASAM': '^', 'WSAM': 's', 'GAM': 'D', 'SAMDirection': 'v', 'SAMMagnitude': 'P', 'SGDHess': 'X'}
 _KNOBS = {'fixed': 'interval 2, 5, 10, the same rho', 'scaled': 'interval 2, 5, 10, a larger rho'}
@@ -33,6 +32,16 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
         if not best or accuracy > best[-1][1]:
             best.append((cost, accuracy))
     return best
+
+
+def title(rows: Sequence[dict[str, Any]], tasks: Sequence[str]) -> str:
+    """Return what the picture shows of SAM, in one line."""
+    sam = {row['task']: row for row in rows if row['method'] == 'SAM' and not row['knob']}
+    gains = [task for task in tasks if sam[task]['gain at equal compute'] > sam[task]['± 95% there']]
+    return (
+        f'SAM is more accurate than SGD that trains for as long on {len(gains)} of {len(tasks)} tasks, beyond the 95% '
+        'interval'
+    )
 
 
 def draw(report: dict[str, Any]) -> Figure:
@@ -48,7 +57,7 @@ def draw(report: dict[str, Any]) -> Figure:
         _panel(axis, task, [row for row in rows if row['task'] == task])
     for axis in axes[len(tasks) :]:
         axis.remove()
-    figure.suptitle(f'mean and standard deviation over {rows[0]["seeds"]} seeds', fontsize=10)
+    figure.suptitle(f'{title(rows, tasks)}\nmean and standard deviation over {rows[0]["seeds"]} seeds', fontsize=11)
     drawn = [axis.get_legend_handles_labels() for axis in figure.axes]
     entries = {label: handle for handles, labels in drawn for handle, label in zip(handles, labels, strict=True)}
     figure.legend(list(entries.values()), list(entries), loc='outside lower center', ncols=4, fontsize=8, frameon=False)
@@ -58,6 +67,7 @@ def draw(report: dict[str, Any]) -> Figure:
 def _panel(axis: Axes, task: str, rows: Sequence[dict[str, Any]]) -> None:
     axis.set_title(task, fontsize=9)
     axis.set_xscale('log', base=2)
+    axis.spines[['top', 'right']].set_visible(False)
     axis.set_xlabel('time of training / that of SGD')
     axis.set_ylabel('test accuracy (%)')
     axis.xaxis.set_major_formatter(lambda value, _: f'{value:g}x')

@@ -138,14 +138,14 @@ def verdict(rows: Sequence[Row]) -> str:
         return f'At {GOAL_PASSES} passes per step or less, {" and ".join(_said(row) for row in ordered)}.'
     cheap = [row for row in everywhere if goal(row['passes'], math.inf)]
     nearest = max(cheap, key=lambda row: row['smallest share'])
-    short = ' and '.join(f'{nearest[task]:.0f} % on {task}' for task in tasks if nearest[task] < GOAL_SHARE)
+    short = '; '.join(f'{nearest[task]:.0f} % on {task}' for task in tasks if nearest[task] < GOAL_SHARE)
     said = (
         f"No setting at {GOAL_PASSES} passes per step or less keeps {GOAL_SHARE:.0f} % of SAM's gain on every task. "
-        f'The nearest is {nearest["variant"]} at {nearest["passes"]:.3g} passes, which keeps {short}.'
+        f'The nearest, "{nearest["variant"]}" at {nearest["passes"]:.3g} passes, keeps {short}.'
     )
     if keeping:
         least = min(keeping, key=lambda row: row['passes'])
-        said += f' The cheapest that does is {least["variant"]} at {least["passes"]:.3g} passes.'
+        said += f' The cheapest that does is "{least["variant"]}" at {least["passes"]:.3g} passes.'
     return said
 
 

@@ -26,6 +26,7 @@ __all__ = [
     'COLORS',
     'LOG_COLORS',
     'Scale',
+    'caption_inches',
     'contours',
     'curves',
     'heading',
@@ -145,7 +146,7 @@ def contours(landscapes: Sequence[Landscape], title: str = '') -> Figure:
     rows, columns = _arrangement(len(landscapes))
     width = 4.3 * columns + 1.1
     title = _wrapped(title, width)
-    figure = Figure(figsize=(width, 4.55 * rows + _caption_inches(title)), layout='constrained')
+    figure = Figure(figsize=(width, 4.55 * rows + caption_inches(title)), layout='constrained')
     panels = figure.subplots(rows, columns, squeeze=False)
     low, high = scale.height([scale.low, scale.high])
     # A little more than the range: rounding would otherwise put the extreme losses outside.
@@ -186,11 +187,11 @@ def surfaces(landscapes: Sequence[Landscape], title: str = '') -> Figure:
     rows, columns = _arrangement(len(landscapes))
     width = 5.2 * columns + 1.1
     title = _wrapped(title, width)
-    height = 4.5 * rows + _caption_inches(title)
+    height = 4.5 * rows + caption_inches(title)
     figure = Figure(figsize=(width, height))
     panels = figure.subplots(rows, columns, squeeze=False, subplot_kw={'projection': '3d', 'computed_zorder': False})
     figure.subplots_adjust(
-        left=0.01, right=1 - 1.35 / width, bottom=0.03, top=1 - (_caption_inches(title) + 0.3) / height,
+        left=0.01, right=1 - 1.35 / width, bottom=0.03, top=1 - (caption_inches(title) + 0.3) / height,
         wspace=0.05, hspace=0.12,
     )  # fmt: skip
     low, high = (float(height) for height in scale.height([scale.low, scale.high]))
@@ -324,7 +325,8 @@ def _wrapped(title: str, inches: float) -> str:
     return '\n'.join(textwrap.fill(line, int(12 * inches)) for line in title.splitlines())
 
 
-def _caption_inches(title: str) -> float:
+def caption_inches(title: str) -> float:
+    """Return the height of a title."""
     return 0.22 * (1 + title.count('\n')) if title else 0.0
 
 

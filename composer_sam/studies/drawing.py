@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from composer_sam.extras import extra
-from composer_sam.landscapes.pictures import look, plain
+from composer_sam.landscapes.pictures import caption_inches, look, plain
 from composer_sam.studies.problem import described
 from composer_sam.studies.result import RunResult
 from composer_sam.studies.tables import ACCURACY, Cells, Measure, measures_of
@@ -20,7 +20,7 @@ with extra('diagnostics', __name__):
 
 __all__ = ['draw']
 
-_LEGEND_INCHES, _TICK_INCHES = 4, 2
+_LEGEND_INCHES, _ROW_INCHES, _TICK_INCHES = 4, 2, 2
 
 
 def draw(runs: Sequence[RunResult]) -> Figure:
@@ -33,20 +33,42 @@ def draw(runs: Sequence[RunResult]) -> Figure:
     measures = [measure for measure in measures_of(runs) if measure.drawn]
     has_geometry = any(run.geometry for run in runs)
     panels = len(measures) + has_geometry
-    figure = Figure(figsize=(4.6 * panels + 0.6, 4.8), layout='constrained')
+    seeds = len({run.seed for run in runs})
+    shown = f'mean over {seeds} seeds; bars and bands: lowest to highest seed' if seeds > 1 else 'one seed'
+    data = described([(run.config['data']['name'], run.config['data']['label_noise']) for run in runs])
+    width = 4.6 * panels + 0.6
+    title = plain('\n'.join(filter(None, [_finding(cells, measures), data, shown])), width)
+    figure = Figure(figsize=(width, 4.1 + caption_inches(title)), layout='constrained')
     axes: Any = figure.subplots(1, panels, squeeze=False)[0]
-    draw_measure = _draw_rows if cells.columns == [None] else _draw_columns
+    by_row = cells.columns == [None]
+    draw_measure = _draw_rows if by_row else _draw_columns
     for measure, panel in zip(measures, axes, strict=False):
         draw_measure(panel, cells, measure)
     if has_geometry:
         _draw_geometry(axes[-1], cells)
-    seeds = len({run.seed for run in runs})
-    shown = f'mean over {seeds} seeds; bars and bands: lowest to highest seed' if seeds > 1 else 'one seed'
-    data = described([(run.config['data']['name'], run.config['data']['label_noise']) for run in runs])
-    figure.suptitle(plain(f'{data}\n{shown}', figure.get_figwidth()), fontsize=11)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside lower center', ncols=min(len(labels), 4), frameon=False)
+    figure.suptitle(title, fontsize=11)
+    if by_row:
+        _name_rows(axes[0], cells)
+    else:
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc='outside lower center', ncols=min(len(labels), 4), frameon=False)
     return figure
+
+
+def _finding(cells: Cells, measures: Sequence[Measure]) -> str:
+    """Return which runs are the most accurate, and all that is drawn of them."""
+    accuracies = {
+        (row, column): statistics.fmean(values)
+        for row in cells.rows
+        for column in cells.columns
+        if (values := ACCURACY.values(cells.at(row, column))) is not None
+    }
+    if len(accuracies) < 2:
+        return ''
+    row, column = max(accuracies, key=lambda place: accuracies[place])
+    at = '' if column is None else f' at {cells.heading(column)}'
+    numbers = [f'{measure.title}: {measure.text(cells.at(row, column))}' for measure in measures]
+    return f'Most accurate is {row}{at}. {"; ".join(numbers)}'
 
 
 def _draw_rows(axes: Axes, cells: Cells, measure: Measure) -> None:
@@ -55,12 +77,19 @@ def _draw_rows(axes: Axes, cells: Cells, measure: Measure) -> None:
         values = measure.values(cells.at(row, None))
         if values is not None:
             mean, below, above = bar(values)
-            style: dict[str, Any] = look(index) | {'label': plain(row, _LEGEND_INCHES), 'linestyle': ''}
+            style: dict[str, Any] = look(index) | {'linestyle': ''}
             axes.errorbar(mean, index, xerr=[[below], [above]], capsize=3, **style)
     axes.set_yticks([])
     axes.invert_yaxis()
     axes.set(title=measure.title)
     axes.grid(alpha=0.3)
+
+
+def _name_rows(axes: Axes, cells: Cells) -> None:
+    """Write the name of every row beside it, in its colour."""
+    axes.set_yticks(range(len(cells.rows)), [plain(row, _ROW_INCHES) for row in cells.rows])
+    for index, name in enumerate(axes.get_yticklabels()):
+        name.set_color(look(index)['color'])
 
 
 def _draw_columns(axes: Axes, cells: Cells, measure: Measure) -> None:

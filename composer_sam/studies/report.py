@@ -12,7 +12,7 @@ import numpy as np
 from composer_sam.extras import extra
 from composer_sam.files import write_whole
 from composer_sam.landscapes.page import page
-from composer_sam.landscapes.pictures import contours, curves, png, surfaces
+from composer_sam.landscapes.pictures import contours, curves, number, png, surfaces
 from composer_sam.landscapes.storage import Landscape
 from composer_sam.studies.landscape import Request, enumerated
 from composer_sam.studies.sharpness import CheckpointMeasurements
@@ -36,6 +36,7 @@ def write_pictures(landscapes: Sequence[Landscape], request: Request, folder: Pa
     labels = f', {100 * wrong:g} % of whose labels are wrong; loss and accuracy count these labels as right'
     landscapes = [replace(one, about={**one.about, 'wrong_labels': wrong}) for one in landscapes]
     notes = [
+        *_finding(landscapes),
         _DIRECTIONS[request.directions].format(seed=request.seed, through=('line', 'plane')[request.dims - 1]),
         f'{landscapes[0].about["samples"]} {kind} samples{labels if wrong else ""}',
     ]
@@ -45,6 +46,17 @@ def write_pictures(landscapes: Sequence[Landscape], request: Request, folder: Pa
         write_whole(folder / name, png(draw(landscapes, caption)))
     write_whole(folder / 'landscape.html', page(landscapes, title, notes))
     return [folder / name for name in (*drawn, 'landscape.html')]
+
+
+def _finding(landscapes: Sequence[Landscape]) -> list[str]:
+    """Return what landscapes around one checkpoint each show, beside each other."""
+    if len(landscapes) < 2:
+        return []
+    highest = [float(np.nan_to_num(one.loss, nan=np.inf).max()) for one in landscapes]
+    grown = [
+        f'{number(high - one.marks[0].loss)} around {one.label}' for high, one in zip(highest, landscapes, strict=True)
+    ]
+    return [f'The loss grows by up to {"; ".join(grown)}']
 
 
 def tabulate_landscapes(landscapes: Sequence[Landscape]) -> Table:

@@ -48,3 +48,20 @@ def test_the_page_says_which_labels_are_wrong(
 def test_names_with_commas_are_kept_apart() -> None:
     assert enumerated(['SGD', 'ASAM', 'SAM']) == 'SGD, ASAM and SAM'
     assert enumerated(['SGD', 'SGD, stopped early', 'SAM']) == 'SGD; SGD, stopped early; SAM'
+
+
+def test_the_caption_says_how_much_the_loss_grows(tmp_path: Path) -> None:
+    axis = np.linspace(-1, 1, 3)
+    loss = 1 + axis[None, :] ** 2 + axis[:, None] ** 2
+    about = {'samples': 512, 'split': 'train', 'data': {'label_noise': 0.0, 'validation_fraction': 0.0}}
+
+    def around(name: str, loss: np.ndarray) -> Landscape:
+        mark = Mark(name, (0.0, 0.0), float(loss[1, 1]), None)
+        return Landscape(name, ('u', 'v'), (axis, axis), loss, None, (mark,), about)
+
+    gap = loss.copy()
+    gap[0, 0] = np.nan
+    found = [around('SGD', 3 * loss), around('ASAM, late', loss), around('SAM', gap)]
+    write_pictures(found, Request((tmp_path / 'x.pt',) * 3, tuple(one.label for one in found)), tmp_path)
+    page = (tmp_path / 'landscape.html').read_text(encoding='utf-8')
+    assert 'The loss grows by up to 6 around SGD; 2 around ASAM, late; inf around SAM' in page

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,13 @@ import pytest
 import torch
 from composer.cli import launcher
 
-from composer_sam import shipped
 from composer_sam.commands.main import main
 from composer_sam.recipes import is_override, load_recipe
+from tests.pages import COMMANDS, FENCE, PAGES, ROOT, expanded
 from tests.readers import stand_ins
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / 'README.md').read_text()
 TABLE = (ROOT / 'docs' / 'promises.md').read_text()
-PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md'))]
-FENCE = re.compile(r'^```([^\n]*)\n(.*?)^```$', re.MULTILINE | re.DOTALL)
-SHELL = ('', 'console', 'sh', 'shell', 'bash')
 
 
 def test_every_promise_names_a_test_that_exists() -> None:
@@ -71,18 +66,6 @@ def test_every_python_block_runs() -> None:
 # What it shows in a shell.
 
 
-def _command_lines(page: Path) -> Iterator[list[str]]:
-    """The words of every command, without comments."""
-    for found in FENCE.finditer(page.read_text()):
-        if found[1].strip() not in SHELL:
-            continue
-        for line in found[2].replace('\\\n', ' ').splitlines():
-            words = shlex.split(line, comments=True)
-            if words:
-                yield words
-
-
-COMMANDS = [(page.name, words) for page in PAGES for words in _command_lines(page)]
 OURS = [(page, words[1:]) for page, words in COMMANDS if words[0] == 'composer-sam']
 LAUNCHED = [(page, words[1:]) for page, words in COMMANDS if words[0] == 'composer']
 MADE = [(page, words[1:]) for page, words in COMMANDS if words[0] == 'make']
@@ -132,17 +115,6 @@ def _parsed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.N
     return options
 
 
-def _expanded(words: list[str]) -> list[str]:
-    """The words as a shell in the repository's root hands them over, and names of recipes as the program reads them."""
-    expanded: list[str] = []
-    for word in words:
-        files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(word)) if '*' in word else []
-        found = files or shipped.expanded(word)
-        assert '*' not in word or found != [word], f'{word} matches nothing'
-        expanded += found
-    return expanded
-
-
 def _check_recipes(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Parse a command line of ours, and load every recipe it names with the overrides it gives."""
     options = vars(_parsed(arguments, monkeypatch))
@@ -175,7 +147,7 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures('_at_the_root')
 @pytest.mark.parametrize(('page', 'words'), OURS, ids=_ids)
 def test_every_command_line_of_ours_is_understood(page: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    _check_recipes(_expanded(words), monkeypatch)
+    _check_recipes(expanded(words), monkeypatch)
 
 
 @pytest.mark.usefixtures('_at_the_root')
@@ -193,7 +165,7 @@ def test_every_command_line_of_the_launcher_is_understood(
     for word in words[: started - 2]:
         if word.startswith('-'):
             assert re.search(rf'(^|[\s,]){re.escape(word)}\b', known), f'the launcher has no {word}'
-    _check_recipes(_expanded(words[started:]), monkeypatch)
+    _check_recipes(expanded(words[started:]), monkeypatch)
 
 
 @pytest.mark.parametrize(('page', 'words'), MADE, ids=_ids)

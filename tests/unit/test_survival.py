@@ -9,7 +9,7 @@ import pytest
 from composer_sam.studies.result import RunResult
 from composer_sam.studies.survival.picture import draw
 from composer_sam.studies.survival.results import Finetuned, Measured
-from composer_sam.studies.survival.tables import Survivor, common_level, lost_at, survivors, tables
+from composer_sam.studies.survival.tables import Survivor, common_level, least_lost, lost_at, survivors, tables
 
 LOSSES = 'Loss on the first text, and how much quantised and noisy weights lose'
 EMPTY: dict[str, Any] = {'train': {}, 'test': {}, 'geometry': None, 'config': {}, 'versions': {}}
@@ -78,6 +78,24 @@ def test_what_is_not_finite_is_named_and_not_averaged() -> None:
     found = [survivor('A', 0, 2.0, [(None, None), (2.5, 2.1)]), survivor('A', 1, 2.0, [(2.4, 2.1), (2.5, 2.1)])]
     assert cells('Fine-tuned on the other text, lr 1', found)['A'][2] == 'none for 1 of 2'
     draw(found)
+
+
+def test_the_title_says_who_lost_least() -> None:
+    found = [
+        survivor(label, seed, 2.0, [(2.5, 2.0 + lost)]) for label, lost in (('A', 0.2), ('B', 0.1)) for seed in (0, 1)
+    ]
+    assert least_lost(found) == [
+        ('at equal learning', 'B', pytest.approx(0.1)),
+        ('at 4 bits', 'A', pytest.approx(0.5)),
+        ('with noise 0.1', 'A', pytest.approx(0.25)),
+    ]
+    (title, _) = draw(found).texts[0].get_text().splitlines()
+    assert title == 'Least lost at equal learning: B (0.1000); at 4 bits: A (0.5000); with noise 0.1: A (0.2500)'
+
+
+def test_nobody_is_named_where_a_number_is_missing() -> None:
+    assert least_lost([survivor('A', 0, 2.0, []), survivor('B', 0, None, [])]) == []
+    assert least_lost([survivor('A', 0, 2.0, [(2.5, 2.1)])]) == []
 
 
 def test_a_fine_tuning_that_failed_does_not_take_the_place_of_another() -> None:

@@ -90,8 +90,8 @@ def test_the_verdict_names_what_reaches_the_goal() -> None:
 def test_the_verdict_says_where_the_nearest_falls_short() -> None:
     results = found('one', 10, {'near': 8.5, 'far': 1}), found('two', 20, {'near': 19, 'far': 20})
     assert said(*results) == (
-        "No setting at 1.25 passes per step or less keeps 90 % of SAM's gain on every task. The nearest is near at 1.2 "
-        'passes, which keeps 85 % on one.'
+        'No setting at 1.25 passes per step or less keeps 90 % of SAM\'s gain on every task. The nearest, "near" at '
+        '1.2 passes, keeps 85 % on one.'
     )
     assert said(found('none', 0, {'any': 1})) == 'SAM has a gain on none of the tasks, so there is nothing to keep.'
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from composer_sam.extras import extra
 from composer_sam.landscapes.pictures import look, plain
-from composer_sam.studies.survival.tables import Survivor, mean_of
+from composer_sam.studies.survival.tables import Survivor, least_lost, mean_of
 from composer_sam.studies.texts import bar, grouped
 
 with extra('diagnostics', __name__):
@@ -39,7 +39,10 @@ def draw(found: Sequence[Survivor]) -> Figure:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside lower center', ncols=min(4, max(1, len(labels))), frameon=False)
     seeds = max(map(len, by_label.values()))
-    figure.suptitle(f'mean over {seeds} seeds; small points and bars: the seeds' if seeds > 1 else 'one seed')
+    shown = f'mean over {seeds} seeds; small points and bars: the seeds' if seeds > 1 else 'one seed'
+    finding = '; '.join(f'{what}: {label} ({value:.4f})' for what, label, value in least_lost(found))
+    title = '\n'.join(filter(None, [f'Least lost {finding}' if finding else '', shown]))
+    figure.suptitle(plain(title, figure.get_figwidth()), fontsize=11)
     return figure
 
 

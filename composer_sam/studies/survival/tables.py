@@ -12,7 +12,7 @@ from composer_sam.studies.result import RunResult
 from composer_sam.studies.survival.results import Finetuned, Measured
 from composer_sam.studies.texts import Tabulated, grouped, labelled, mean_text, values_text
 
-__all__ = ['Survivor', 'common_level', 'lost_at', 'survivors', 'tables']
+__all__ = ['Survivor', 'common_level', 'least_lost', 'lost_at', 'mean_of', 'survivors', 'tables']
 
 Point = tuple[float, float]  # the loss on the other text, and the growth of the loss on the first
 
@@ -143,6 +143,34 @@ def tables(found: Sequence[Survivor]) -> list[Tabulated]:
         )
     )
     return made
+
+
+def least_lost(found: Sequence[Survivor]) -> list[tuple[str, str, float]]:
+    """Return whose loss on the first text has grown least on average, and by how much.
+
+    Returns:
+        What was done to the networks, the label, and the growth: for fine-tuning to a loss that all reach, for the
+        fewest bits and for the largest noise; what was not done or has failed is left out.
+    """
+    level, trials = common_level(found), found[0].measured
+    reads: list[tuple[str, Callable[[Survivor], float | None]]] = []
+    if level is not None:
+        reads.append(('at equal learning', lambda one: lost_at(one.frontier, level)))
+    if trials.quantized:
+        bits = min(trials.quantized, key=int)
+        reads.append((f'at {bits} bits', _growth(_quantized(bits))))
+    if trials.noisy:
+        size = max(trials.noisy, key=float)
+        reads.append((f'with noise {size}', _growth(_noisy(size))))
+    by_label = grouped(found, lambda one: one.label)
+    best = []
+    for what, read in reads:
+        means = {label: mean_of([read(one) for one in group]) for label, group in by_label.items()}
+        known = {label: mean for label, mean in means.items() if mean is not None}
+        if len(known) == len(means) > 1:
+            label = min(known, key=lambda name: known[name])
+            best.append((what, label, known[label]))
+    return best
 
 
 def _cell(values: Sequence[float | None]) -> str:
