@@ -148,6 +148,7 @@ def test_an_error_in_the_line_undoes_the_step(method: SharpnessAware) -> None:
     assert optimizer.steps_taken == 2
 
 
+@pytest.mark.filterwarnings('ignore:.torch.jit.script. is deprecated')
 def test_what_is_missing_is_said() -> None:
     model, optimizer = looped(SAM(rho=0.1))
     with pytest.raises(ValueError, match='needs a forward of the model in training mode'):
