@@ -136,6 +136,8 @@ def _steps() -> Iterator[Sequence[str]]:
 
 
 def _ratio(row: Row) -> str:
+    if row['x base'] is None:
+        raise SystemExit(f'{row["variant"]} was not measured: install the extra benchmarks, and measure again')
     return f'{MODELS[row["model"]]} {row["x base"]:.2f}x ± {row["± x"]:.2f}'
 
 

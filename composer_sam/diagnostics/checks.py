@@ -17,6 +17,7 @@ __all__ = [
     'NotConvergedError',
     'NotFiniteError',
     'check_at_least',
+    'check_between',
     'check_count',
     'check_model',
     'check_pair',
@@ -46,6 +47,12 @@ def check_at_least(name: str, number: object, least: int) -> None:
     """Raise ValueError for anything but an integer >= ``least``."""
     if isinstance(number, bool) or not isinstance(number, int) or number < least:
         raise ValueError(f'{name} must be an integer >= {least}, got {number!r}')
+
+
+def check_between(name: str, number: object, least: int, most: int) -> None:
+    """Raise ValueError for anything but an integer from ``least`` to ``most``."""
+    if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= most:
+        raise ValueError(f'{name} must be an integer in [{least}, {most}], got {number!r}')
 
 
 def check_positive(name: str, number: object) -> None:

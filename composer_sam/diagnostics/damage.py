@@ -7,10 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from composer_sam.diagnostics.checks import check_at_least, check_positive
+from composer_sam.diagnostics.checks import check_at_least, check_between, check_positive
 from composer_sam.engine.selection import select
 
-__all__ = ['noisy', 'quantized']
+__all__ = ['BITS', 'noisy', 'quantized']
+
+BITS = (2, 16)  # the fewest and the most
 
 
 @torch.no_grad()
@@ -43,9 +45,7 @@ def quantized(model: nn.Module, bits: int, group: int = 64) -> dict[str, Tensor]
         >>> print(quantized(model, bits=4)['weight'])
         tensor([[ 0.7000, -0.2000,  0.0000]])
     """
-    check_at_least('bits', bits, 2)
-    if bits > 16:
-        raise ValueError(f'bits must be an integer in [2, 16], got {bits}')
+    check_between('bits', bits, *BITS)
     check_at_least('group', group, 1)
     return {
         name: torch.cat([_rounded(part, 2 ** (bits - 1) - 1, inputs) for part in weight.split(group, inputs)], inputs)

@@ -79,7 +79,7 @@ class FriendlySAM(SharpnessAware):
             particular = grad
             step.staged['average'] = mean_grad
         else:
-            particular = axpy(negative(self.sigma), average, grad)
+            particular = axpy(negative(self.sigma), average, grad).donate()
             moved = scale(mean_grad, complement(self.lmbda))
             step.staged['average'] = axpy(self.lmbda, average, moved.donate())
         offset = step.offset(particular, self.rho, self.epsilon, step.weights() if self.adaptive else None)

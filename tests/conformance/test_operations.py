@@ -83,7 +83,7 @@ COUNTS: dict[str, tuple[tuple[int, int], tuple[int, int] | None]] = {
     'SAM': ((42, 7), (38, 22)),
     'ASAM': ((61, 11), (57, 26)),
     'GSAM': ((89, 33), (94, 65)),
-    'FriendlySAM': ((40, 10), (41, 25)),
+    'FriendlySAM': ((41, 10), (41, 24)),
     'VaSSO': ((39, 8), (40, 23)),
     'FisherSAM': ((55, 11), (55, 24)),
     'USAM': ((27, 0), (21, 6)),

@@ -156,8 +156,8 @@ def test_other_trials_are_not_mixed_with_these(finished: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ('arguments', 'tuning', 'message'),
     [
-        (['--bits', '1'], TUNING, '--bits must be an integer >= 2, got 1'),
-        (['--bits', '17'], TUNING, '--bits must be integers in [2, 16], got 17'),
+        (['--bits', '1'], TUNING, '--bits must be an integer in [2, 16], got 1'),
+        (['--bits', '17'], TUNING, '--bits must be an integer in [2, 16], got 17'),
         (['--noise', '0'], TUNING, '--noise must be a finite number > 0, got 0.0'),
         (['parallelism.fsdp2={}'], TUNING, 'divides the network among processes'),
         ([], f'{TUNING}\nparallelism: {{fsdp2: {{}}}}', 'parallelism: --finetune divides'),

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from composer_sam.diagnostics.checks import check_at_least, check_positive
+from composer_sam.diagnostics.checks import check_at_least, check_between, check_positive
+from composer_sam.diagnostics.damage import BITS
 from composer_sam.files import file_name
 from composer_sam.recipes import Recipe, RecipeError
 from composer_sam.recipes.schema import CausalLM, Text
@@ -39,9 +40,7 @@ class Trials:
 
     def __post_init__(self) -> None:
         for bits in self.bits:
-            check_at_least('--bits', bits, 2)
-            if bits > 16:
-                raise ValueError(f'--bits must be integers in [2, 16], got {bits}')
+            check_between('--bits', bits, *BITS)
         for size in self.noise:
             check_positive('--noise', size)
         for name in ('group', 'draws', 'samples'):
