@@ -14,6 +14,7 @@ from composer_sam.vectors import (
     PerParameter,
     Vector,
     add,
+    algebra,
     axpy,
     clip,
     dot,
@@ -93,6 +94,16 @@ def test_half_precision_offsets_are_rounded_once(seed: int, dtype: torch.dtype) 
     torch.testing.assert_close(flat(e), exact, rtol=0.5001 * ulp, atol=1e-7)
     assert all(value.dtype == dtype for value in e.values)
     assert torch.equal(flat(to_radius(vector(seed, dtype).donate(), 0.05)), flat(e))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_one_coefficient_for_all_parameters_is_a_number_in_half_precision_too(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The product of a coefficient and a vector would be a copy of the parameters."""
+    expected = flat(axpy(0.01, vector(0, dtype), vector(1, dtype)))
+    monkeypatch.setattr(algebra, 'scale', None)
+    assert torch.equal(flat(axpy(PerParameter([0.01] * 4), vector(0, dtype), vector(1, dtype))), expected)
 
 
 def test_half_precision_norm_accumulates_in_fp32() -> None:
