@@ -14,7 +14,7 @@ from benchmarks.report import RESULTS
 from composer_sam.files import write_whole
 from composer_sam.landscapes.pictures import png
 
-__all__ = ['write_picture']
+__all__ = ['save', 'write_picture']
 
 
 def write_picture(doc: str | None, report: str, draw: Callable[[dict[str, Any]], Figure], picture: Path) -> None:
@@ -30,5 +30,10 @@ def write_picture(doc: str | None, report: str, draw: Callable[[dict[str, Any]],
     parser.add_argument('--report', type=Path, default=RESULTS / f'{report}.json')
     parser.add_argument('--out', type=Path, default=picture)
     options = parser.parse_args()
-    write_whole(options.out, png(draw(json.loads(options.report.read_text())), dpi=130))
-    print(f'written to {options.out}')
+    save(draw(json.loads(options.report.read_text())), options.out)
+
+
+def save(figure: Figure, picture: Path) -> None:
+    """Write a picture, and say where it is."""
+    write_whole(picture, png(figure, dpi=130))
+    print(f'written to {picture}')

@@ -37,8 +37,6 @@ FILES = (
 _MARKED = re.compile(r'(<!-- figures: (\w+)(?: (\w+))? -->\n).*?(<!-- end of figures -->)', re.DOTALL)
 _THROUGH = "Whole steps through Composer's Trainer"
 _CHEAP = 'Whole steps of methods that take less than two passes'
-_FRACTION = 'SAM, ascent_fraction=0.25'
-_EVERY = ('', ', interval 10')
 _MEMORY = 'Memory beyond the base optimizer'
 MODELS = {'resnet18': 'ResNet-18', 'vit': 'ViT', 'mlp': 'MLP'}
 
@@ -320,29 +318,27 @@ def five() -> str:
         sam = next(r for r in _tested() if r['task'] == task and r['method'] == 'SAM' and not r['knob'])
         what = f'accuracy, {task}, equal epochs'
         rows.append((what, _accuracy(sam), f'SGD {_accuracy(_plain(task))}', link('quality', '.')))
-    steps, cheap = (
-        Figures('step_time'),
-        Figures('cheap_steps').row(_CHEAP, model='resnet18', setting='trainer', variant=_FRACTION),
-    )
-    ours, theirs = (
-        [
-            steps.row(_THROUGH, model='resnet18', setting='trainer', variant=f'{who}{every}')['x base']
-            for every in _EVERY
-        ]
-        for who in ('SAM', "Composer's SAM")
-    )
+    steps, cheap, memory = Figures('step_time'), Figures('cheap_steps'), Figures('memory')
+
+    def times(who: str) -> str:
+        every, tenth = (
+            steps.row(_THROUGH, model='resnet18', setting='trainer', variant=variant)['x base']
+            for variant in (who, f'{who}, interval 10')
+        )
+        return f'{every:.2f}x, {tenth:.2f}x'
+
+    def copies(who: str) -> str:
+        row = memory.row(_MEMORY, model='resnet18', base='SGD', variant=who)
+        return f'{row["held between steps"]:.1f}, {row["at the peak"]:.1f}'
+
+    peer = "Composer's SAM"
     what = 'time of a step, ResNet-18: every step perturbed, every tenth'
-    beside = f"Composer's SAM {theirs[0]:.2f}x, {theirs[1]:.2f}x"
-    rows.append((what, f'{ours[0]:.2f}x, {ours[1]:.2f}x that of SGD', beside, link('step_time', '.')))
+    rows.append((what, f'{times("SAM")} that of SGD', f'{peer} {times(peer)}', link('step_time', '.')))
     what = 'the same, perturbed by a quarter of the batch (`ascent_fraction=0.25`)'
-    rows.append((what, f'{cheap["x base"]:.2f}x', '', link('cheap_steps', '.')))
-    held = {
-        who: Figures('memory').row(_MEMORY, model='resnet18', base='SGD', variant=who)
-        for who in ('SAM', "Composer's SAM")
-    }
-    sam, beside = (f'{row["held between steps"]:.1f}, {row["at the peak"]:.1f}' for row in held.values())
+    quarter = cheap.row(_CHEAP, model='resnet18', setting='trainer', variant='SAM, ascent_fraction=0.25')
+    rows.append((what, f'{quarter["x base"]:.2f}x', '', link('cheap_steps', '.')))
     what = 'memory between steps, and at the peak, in copies of the weights'
-    rows.append((what, sam, f"Composer's SAM {beside}", link('memory', '.')))
+    rows.append((what, copies('SAM'), f'{peer} {copies(peer)}', link('memory', '.')))
     return table(('what', 'SAM here', 'beside it', 'report'), rows)
 
 

@@ -11,9 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.picture import save
 from benchmarks.report import RESULTS
-from composer_sam.files import write_whole
-from composer_sam.landscapes.pictures import png
 from composer_sam.studies.drawing import draw
 from composer_sam.studies.result import RunResult
 
@@ -32,9 +31,7 @@ def runs_of(study: str) -> list[RunResult]:
 
 def main() -> None:
     for study in STUDIES:
-        picture = DOCS / f'study-{study}.png'
-        write_whole(picture, png(draw(runs_of(study)), dpi=130))
-        print(f'written to {picture}')
+        save(draw(runs_of(study)), DOCS / f'study-{study}.png')
 
 
 if __name__ == '__main__':

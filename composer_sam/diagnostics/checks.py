@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -37,21 +37,25 @@ class NotConvergedError(RuntimeError):
     """An iteration ended before its tolerance was reached."""
 
 
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def check_count(name: str, count: object) -> None:
     """Raise ValueError for anything but None and an integer >= 1."""
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+    if count is not None and (not _is_integer(count) or count < 1):
         raise ValueError(f'{name} must be an integer >= 1 or None, got {count!r}')
 
 
 def check_at_least(name: str, number: object, least: int) -> None:
     """Raise ValueError for anything but an integer >= ``least``."""
-    if isinstance(number, bool) or not isinstance(number, int) or number < least:
+    if not _is_integer(number) or number < least:
         raise ValueError(f'{name} must be an integer >= {least}, got {number!r}')
 
 
 def check_between(name: str, number: object, least: int, most: int) -> None:
     """Raise ValueError for anything but an integer from ``least`` to ``most``."""
-    if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= most:
+    if not _is_integer(number) or not least <= number <= most:
         raise ValueError(f'{name} must be an integer in [{least}, {most}], got {number!r}')
 
 

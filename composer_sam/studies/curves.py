@@ -12,6 +12,7 @@ from composer_sam.landscapes.pictures import look, plain
 with extra('diagnostics', __name__):
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 __all__ = ['Curve', 'draw']
 
@@ -56,6 +57,7 @@ def draw(grouped: Mapping[str, Sequence[Curve]], about: str = '') -> Figure:
     accuracy, loss = figure.subplots(1, 2)
     at_ends = len(grouped) <= _NAMES and all(len(name) <= _LETTERS and name.isascii() for name in grouped)
     ends: list[list[tuple[float, float, str, str]]] = [[], []]
+    stars: list[Line2D] = []
     for index, (name, group) in enumerate(grouped.items()):
         stops = [(run.stop_epoch, 100 * run.accuracy) for run in group if run.stop_epoch is not None]
         label = f'{name}, whole run' if stops else name
@@ -68,7 +70,7 @@ def draw(grouped: Mapping[str, Sequence[Curve]], about: str = '') -> Figure:
         if stops:
             label = f'{name}: the epoch chosen on validation images'
             star: dict[str, Any] = {'color': style['color'], 'mec': 'black', 'ms': 13, 'zorder': 3}
-            accuracy.plot(*zip(*stops, strict=True), '*', label=plain(label, _LEGEND_INCHES), **star)
+            stars += accuracy.plot(*zip(*stops, strict=True), '*', label=plain(label, _LEGEND_INCHES), **star)
     accuracy.set(xlabel='epoch', ylabel='test accuracy (%)')
     loss.set(xlabel='epoch', ylabel='training loss')
     for axes, found in zip((accuracy, loss), ends, strict=True):
@@ -76,13 +78,10 @@ def draw(grouped: Mapping[str, Sequence[Curve]], about: str = '') -> Figure:
         axes.spines[['top', 'right']].set_visible(False)
         if at_ends:
             _name_ends(axes, found)
-    handles, labels = accuracy.get_legend_handles_labels()
-    if at_ends:  # only the stars need words
-        chosen = [(handle, label) for handle, label in zip(handles, labels, strict=True) if handle.get_marker() == '*']
-        handles, labels = (list(part) for part in zip(*chosen, strict=True)) if chosen else ([], [])
+    handles = stars if at_ends else accuracy.get_legend_handles_labels()[0]  # curves with names need no other words
     if handles:
-        columns = 2 if len(labels) > 3 else 3
-        figure.legend(handles, labels, loc='outside lower center', ncols=columns, frameon=False)
+        columns = 2 if len(handles) > 3 else 3
+        figure.legend(handles=handles, loc='outside lower center', ncols=columns, frameon=False)
     seeds = max(map(len, grouped.values()))
     shown = f'mean over {seeds} seeds; band: lowest to highest seed' if seeds > 1 else 'one seed'
     found = [f'{name} {100 * statistics.fmean(run.accuracy for run in group):.1f} %' for name, group in grouped.items()]

@@ -106,9 +106,8 @@ def _draw_columns(axes: Axes, cells: Cells, measure: Measure) -> None:
                 points.append((place, *bar(values)))
         alone = measure.values(cells.at(row, None))
         if alone is not None:
-            axes.axhline(
-                statistics.fmean(alone), linewidth=1.2, **dict[str, Any](style | {'linestyle': '--', 'marker': ''})
-            )
+            line: dict[str, Any] = style | {'linestyle': '--', 'marker': ''}
+            axes.axhline(statistics.fmean(alone), linewidth=1.2, **line)
             axes.axhspan(min(alone), max(alone), alpha=0.12, linewidth=0, color=style['color'])
             drawn.append(min(alone))
         if points:

@@ -122,7 +122,7 @@ def dots(*pairs: tuple[Vector, Vector]) -> list[Tensor]:
 def scale(x: Vector, factor: Coefficient) -> Vector:
     """Return ``factor * x``, in place if ``x`` is donated. Products of half-precision tensors are rounded once."""
     half = half_precision(x)
-    factor = as_number(factor, x)
+    factor = as_number(factor, half)
     if not x.donated and not half and not isinstance(factor, PerParameter):
         return x.like(multi_tensor.multiply(x.values, factor))
     if x.donated and not half and isinstance(factor, float):
@@ -152,7 +152,7 @@ def subtract(x: Vector, y: Vector) -> Vector:
 
 def axpy(a: Coefficient, x: Vector, y: Vector) -> Vector:
     """Return ``a * x + y``, in the memory of ``y`` if it is donated."""
-    a = as_number(a, x)
+    a = as_number(a, half_precision(x))
     if not isinstance(a, (int, float)):
         return add(scale(x, a).donate(), y)  # nothing else uses the product
     x, y = aligned(x, y)
@@ -289,14 +289,14 @@ def half_precision(x: Vector) -> bool:
     return not _HALF.isdisjoint({value.dtype for value in x.terms()[0]})
 
 
-def as_number(factor: Coefficient, x: Vector) -> Coefficient:
-    """Return the factor of ``x`` as a number if it is equal for all parameters and needs no wait.
+def as_number(factor: Coefficient, half: bool) -> Coefficient:
+    """Return the factor as a number if it is equal for all parameters and needs no wait.
 
-    A tensor in CPU memory needs none; it stays a tensor where ``x`` is in half precision, for :func:`scale`.
+    A tensor in CPU memory needs none; it stays a tensor if it is for a vector in ``half`` precision, for :func:`scale`.
     """
     if isinstance(factor, PerParameter) and factor and len({id(c) for c in factor}) == 1:
         factor = factor[0]
-    return factor.item() if isinstance(factor, Tensor) and factor.is_cpu and not half_precision(x) else factor
+    return factor.item() if isinstance(factor, Tensor) and factor.is_cpu and not half else factor
 
 
 def _by_factor(

@@ -33,7 +33,7 @@ def test_memory_is_no_more_where_factors_stay_on_the_device(name: str, monkeypat
     """As on an accelerator, where reading a norm would wait: a vector is scaled in memory, not by a pending number."""
     monkeypatch.setattr(formulas, 'half_precision', lambda x: True)
     number = algebra.as_number
-    monkeypatch.setattr(algebra, 'as_number', lambda a, x: a if isinstance(a, Tensor) else number(a, x))
+    monkeypatch.setattr(algebra, 'as_number', lambda a, half: a if isinstance(a, Tensor) else number(a, half))
     ((*_, held, peak, _, _),) = memory.memory_rows('resnet18', 'SGD', [name], ['default'], torch.device('cpu'), ())
     assert abs(held - registry[name].held_copies) < 0.01
     assert peak < registry[name].extra_copies + 0.05

@@ -58,7 +58,7 @@ def short(words: list[str]) -> Iterator[str]:
         yield str(small_finetuning()) if word == FINETUNE else word
     if command == 'train' and '--dry-run' not in words:
         yield 'max_duration=2ba'
-    elif command in ('compare', 'study', 'survive', 'demo'):
+    elif command in ('compare', 'study', 'survive'):
         yield from ('max_duration=2ba', '--seeds', '1')
     if language:
         yield from TINY
@@ -87,9 +87,9 @@ def small_finetuning() -> Path:
 def launched(commands: list[list[str]]) -> None:
     """Run commands of the launcher together, each as one node of a run."""
     environment = os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
-    launcher = str(Path(sys.executable).with_name('composer'))
+    launcher = (sys.executable, '-m', 'composer.cli')
     nodes = [
-        subprocess.Popen([launcher, *words, 'max_duration=2ba'], env=environment, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([*launcher, *words, 'max_duration=2ba'], env=environment, stderr=subprocess.PIPE, text=True)
         for words in commands
     ]
     for node in nodes:
